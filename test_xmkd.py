@@ -1,0 +1,819 @@
+"""Tests of xmkd.py, in the file's order. No network, no GPU; clips are encoded here with PyAV.
+
+Tests marked `needs_testdata` compare with numbers and lists that are not part of this repository; they run where the
+environment variable XMKD_TESTDATA names their folder, and skip elsewhere.
+"""
+import ast
+import csv
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import xmkd
+
+torch.set_num_threads(1)                       # small tensors: more threads only get in each other's way
+HERE = Path(__file__).parent
+TESTDATA = Path(os.environ.get("XMKD_TESTDATA", "/nowhere")).resolve()
+needs_testdata = pytest.mark.skipif(not TESTDATA.is_dir(), reason="XMKD_TESTDATA names no folder: no reference numbers, no real lists")
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------ 1. method
+def test_csc_of_two_clips_worked_by_hand():
+    # cosines: rows p = (1,0), (0,1) against s^ = (1,0), (0.6,0.8) -> [[1, .6], [0, .8]]
+    # temperatures: similarity [[.43, 0], [-1, .93]] + .07, the -1 counted as 0 -> [[.5, .07], [.07, 1]]
+    # logits: [[2, 8.571429], [0, .8]]; own class only: -log softmax = 6.572827 and log(1 + e^-.8) = .371101
+    p, e = torch.eye(2), torch.tensor([[2.0, 0.0], [3.0, 4.0]])
+    loss = xmkd.csc_loss(p, e, torch.tensor([[0.43, 0.0], [-1.0, 0.93]]), torch.tensor([0, 1]))
+    assert loss.item() == pytest.approx((math.log(1 + math.exp(8.571429 - 2)) + math.log(1 + math.exp(-0.8))) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("tags", [False, True])
+def test_csc_agrees_with_a_double_loop(tags):
+    B, p, e = 7, rand(7, 5, seed=1) - 0.3, rand(7, 5, seed=2) - 0.3
+    similarity = rand(7, 7, seed=3) * 2 - 1
+    labels = (rand(B, 4, seed=4) > 0.5).long() if tags else torch.tensor([0, 1, 0, 2, 1, 0, 3])
+    total = 0.0
+    for i in range(B):
+        z = [float(F.cosine_similarity(p[i], e[j], dim=0)) / (max(float(similarity[i, j]), 0) + 0.2) for j in range(B)]
+        weights = []
+        for j in range(B):
+            if tags:
+                a, b = set(labels[i].nonzero().flatten().tolist()), set(labels[j].nonzero().flatten().tolist())
+                weights.append(len(a & b) / len(a | b) if a | b else 1.0)
+            else:
+                weights.append(float(labels[i] == labels[j]))
+        terms = [-math.log(math.exp(z[j]) / sum(map(math.exp, z)) + 1e-10) for j in range(B)]
+        total += sum(w * t for w, t in zip(weights, terms)) / sum(weights)
+    assert xmkd.csc_loss(p, e, similarity, labels, 0.2).item() == pytest.approx(total / B, rel=1e-5)
+
+
+def test_csc_laws():
+    p, e, s, y = rand(6, 4), rand(6, 4, seed=1), rand(6, 6, seed=2), torch.tensor([0, 0, 1, 2, 1, 3])
+    loss, order = xmkd.csc_loss(p, e, s, y), torch.tensor([3, 1, 5, 0, 4, 2])
+    assert torch.allclose(loss, xmkd.csc_loss(p[order], e[order], s[order][:, order], y[order]))          # order of clips
+    assert torch.allclose(loss, xmkd.csc_loss(p * 7, e * 0.1, s, y))                                      # scale
+    assert torch.allclose(loss, xmkd.csc_loss(p, e, s, F.one_hot(y)))                                     # one tag = a class
+    ones = torch.ones(6, 4)
+    assert xmkd.csc_loss(ones, ones, torch.ones(6, 6), y).item() == pytest.approx(math.log(6), abs=1e-5)  # nothing to tell apart
+    assert xmkd.csc_loss(p.double(), e.double(), s.double(), y).dtype == torch.float64
+
+
+def test_csc_refuses_what_would_break_the_temperature():
+    p, y = rand(3, 4), torch.arange(3)
+    with pytest.raises(ValueError, match="detach"):
+        xmkd.csc_loss(p, p, rand(3, 3).requires_grad_(), y)
+    with pytest.raises(ValueError, match="offset is 0"):
+        xmkd.csc_loss(p, p, rand(3, 3), y, offset=0)
+
+
+def test_label_overlap_is_jaccard_and_equality_for_classes():
+    tags = torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 0], [0, 0, 0]])
+    expected = torch.tensor([[1, 1 / 3, 1, 0], [1 / 3, 1, 1 / 3, 0], [1, 1 / 3, 1, 0], [0, 0, 0, 1]])
+    assert torch.allclose(xmkd.label_overlap(tags), expected)
+    assert torch.equal(xmkd.label_overlap(torch.tensor([2, 0, 2])), torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1]]))
+
+
+def test_filter_losses_agree_with_loops():
+    w = rand(3, 4) - 0.5
+    assert xmkd.sparsity_loss(w).item() == pytest.approx(sum(abs(float(v)) for row in w for v in row) / 3, rel=1e-6)
+    p, t, c = rand(5, 8), rand(5, 8, seed=1), rand(5, 8, seed=2)
+    cos = lambda a, b: float(a @ b / a.norm() / b.norm())
+    expected = sum(max(0.0, cos(p[i], t[i]) - cos(p[i], c[i]) + 0.2) for i in range(5)) / 5
+    assert xmkd.triplet_loss(p, t, c, 0.2).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_filter_agrees_with_its_equations_written_out():
+    B, K, D = 3, 5, 8
+    f = xmkd.ModalityNoiseFilter(4, dim=D, heads=2).eval()
+    t, S = rand(B, D), rand(B, K, D, seed=1)
+    out = f(t, S)
+    (w1, bn, _, w2), state = f.gated_feature_composer, f.attn.state_dict()
+    hidden = torch.relu(bn(torch.cat([t, S.sum(1) / K], 1) @ w1.weight.T + w1.bias))
+    gate = 1 / (1 + torch.exp(-(hidden @ w2.weight.T + w2.bias)))
+    assert torch.allclose(out.gate, gate, atol=1e-6) and torch.allclose(out.teacher, gate * t, atol=1e-6)
+    wq, wk, wv = state["in_proj_weight"].split(D)
+    bq, bk, bv = state["in_proj_bias"].split(D)
+    for b in range(B):
+        heads, weights = [], torch.zeros(K)
+        for h in (slice(0, D // 2), slice(D // 2, D)):
+            q, k, v = (gate[b] * t[b] @ wq.T + bq)[h], (S[b] @ wk.T + bk)[:, h], (S[b] @ wv.T + bv)[:, h]
+            attention = torch.softmax(k @ q / math.sqrt(D // 2), 0)
+            weights += attention / 2
+            heads.append(attention @ v)
+        selected = torch.cat(heads) @ state["out_proj.weight"].T + state["out_proj.bias"]
+        assert torch.allclose(out.attention[b], weights, atol=1e-6)
+        assert torch.allclose(out.evidence[b], f.trans_sv(selected[None])[0], atol=1e-5)
+    assert torch.allclose(out.logits, f.sv_cls_classifier(out.evidence))
+
+
+def small(method="xmkd", tags=False, teacher_dim=32, kind="video"):
+    """A student of D = 32, its filter, optimiser and one batch."""
+    torch.manual_seed(0)
+    student = xmkd.make_network(kind, 5, 4).double()
+    noise_filter = xmkd.ModalityNoiseFilter(5, 32, teacher_dim=teacher_dim).double()
+    inputs = rand(4, 3, 4, 16, 16).double() if kind == "video" else rand(4, 48, 64).double()
+    labels = (rand(4, 5, seed=5) > 0.5).float() if tags else torch.tensor([0, 1, 1, 4])
+    return student, noise_filter, inputs, rand(4, teacher_dim, seed=6).double(), labels
+
+
+def test_filter_loss_trains_the_filter_only_and_equals_two_full_backward_passes():
+    results = []
+    for full in (False, True):
+        student, noise_filter, inputs, teacher, labels = small()
+        optimizer = torch.optim.SGD([*student.parameters(), *noise_filter.parameters()], lr=0.1)
+        if not full:
+            terms = xmkd.train_step(student, noise_filter, optimizer, inputs, teacher, labels)
+            assert list(terms) == ["cls", "csc", "filter_cls", "sparsity", "triplet"] and not any(t.requires_grad for t in terms.values())
+        else:                                                       # the released order of calls: METHOD, section 5
+            student.train(), noise_filter.train()
+            f = student(inputs)
+            g = noise_filter(teacher, f.map)
+            filter_loss = (F.cross_entropy(g.logits, labels) + 1e-3 * noise_filter.gated_feature_composer[3].weight.abs().sum(1).mean()
+                           + xmkd.triplet_loss(f.pooled, teacher, g.teacher, 0.2))
+            filter_loss.backward(retain_graph=True)
+            student.zero_grad()
+            similarity = xmkd.cosine_matrix(f.pooled, g.teacher).detach()
+            (F.cross_entropy(f.logits, labels) + xmkd.csc_loss(f.pooled, g.evidence, similarity, labels)).backward()
+            optimizer.step()
+        results.append([p.detach().clone() for p in [*student.parameters(), *noise_filter.parameters()]])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("kind, tags, teacher_dim", [("video", False, 32), ("audio", True, 32), ("audio", True, 20)])
+@pytest.mark.parametrize("method, names", [("student", {"cls"}), ("csc", {"cls", "csc"}),
+                                           ("mnf", {"cls", "csc", "filter_cls", "sparsity", "triplet"})])
+def test_each_method_trains_what_it_should(kind, tags, teacher_dim, method, names):
+    student, noise_filter, inputs, teacher, labels = small(method, tags, teacher_dim, kind)
+    before = [p.detach().clone() for p in student.parameters()]
+    terms = xmkd.train_step(student, noise_filter, xmkd.make_optimizer(student, noise_filter), inputs, teacher, labels, method=method)
+    assert set(terms) == names and all(t.isfinite() for t in terms.values())
+    assert all(not torch.equal(a, b) for a, b in zip(before, student.parameters()))
+    touched = {name.split(".")[0] for name, p in noise_filter.named_parameters() if p.grad is not None}
+    adapter = {"adapter"} if teacher_dim != 32 and method != "student" else set()
+    everything = {"gated_feature_composer", "attn", "trans_sv", "sv_cls_classifier"}
+    assert touched == (adapter | everything if method == "mnf" else adapter)
+
+
+def test_optimizer_has_the_authors_settings():
+    student, noise_filter, *_ = small()
+    groups = xmkd.make_optimizer(student, noise_filter).param_groups
+    assert [(round(g["lr"], 8), g["weight_decay"]) for g in groups] == [(3e-4, 5e-4), (6e-5, 5e-4)]
+
+
+# ------------------------------------------------------------------------------------------------ parity (reference numbers)
+@pytest.fixture(scope="module")
+def formula():
+    spec = importlib.util.spec_from_file_location("formula_weights", TESTDATA / "parity" / "formula_weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def filled(formula, network, salt, **more):
+    arrays = formula.fill([(k, tuple(v.shape)) for k, v in network.state_dict().items()], salt, **more)
+    network.load_state_dict({k: torch.from_numpy(np.asarray(v)) for k, v in arrays.items()})
+    return network
+
+
+def numbers(name):
+    return np.load(TESTDATA / "parity" / "open" / f"{name}.npz")
+
+
+def close(ours, theirs, atol, rtol=0.0):
+    np.testing.assert_allclose(np.asarray(ours.detach() if isinstance(ours, torch.Tensor) else ours), theirs, atol=atol, rtol=rtol)
+
+
+@needs_testdata
+def test_video_student_agrees_with_the_authors(formula):
+    z, net = numbers("video"), filled(formula, xmkd.VideoNet(51), "open/video")
+    keys = json.loads((TESTDATA / "parity" / "authors_keys.json").read_text())
+    assert [[k, list(v.shape)] for k, v in net.state_dict().items()] == [row[:2] for row in keys["state_dict"]]
+    out = net.eval()(torch.from_numpy(formula.normal("video_eval", (2, 3, 16, 112, 112), "open")))
+    close(out.map[:, z["eval_map_row_ids"]], z["eval_map_rows"], 5e-5)
+    close(out.pooled, z["eval_feature"], 1e-5), close(out.logits, z["eval_logits"], 1e-5)
+    out = net.train()(torch.from_numpy(formula.normal("video_train", (4, 3, 8, 56, 56), "open")))
+    close(out.logits, z["train_logits"], 5e-5)
+    (out.logits ** 2).sum().backward()
+    norms = {name: p.grad.norm().item() for name, p in net.named_parameters()}
+    close([norms[str(n)] for n in z["train_grad_names"]], z["train_grad_l2"], 0, rtol=1e-3)
+
+
+@needs_testdata
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_noise_filter_agrees_with_the_authors(formula, mode):
+    z, net = numbers("mnf"), filled(formula, xmkd.ModalityNoiseFilter(51), "open/mnf").train(mode == "train")
+    t = torch.from_numpy(formula.relu_features("mnf_teacher", (6, 512), "open")).requires_grad_()
+    m = torch.from_numpy(formula.relu_features("mnf_map", (6, 98, 512), "open")).requires_grad_()
+    out = net(t, m)
+    for ours, name in zip(out, ("selected_audio_feature", "selected_video_feature", "pred", "gate")):
+        close(ours, z[f"{mode}_{name}"], 1e-4 if mode == "train" else 1e-5)
+    close(out.attention, z[f"{mode}_attn"][:, 0], 1e-5)
+    if mode == "train":
+        (out.logits ** 2).sum().backward()
+        close(t.grad, z["train_grad_teacher"], 1e-4), close(m.grad[:, [0, 50, 97]], z["train_grad_map_rows"], 1e-4)
+
+
+@needs_testdata
+@pytest.mark.parametrize("kind, offset", [("adaptive", 0.07), ("adaptive", 0.2), ("constant", 0.07), ("constant", 0.2)])
+def test_csc_and_triplet_agree_with_the_authors(kind, offset):
+    z, key = numbers("csc"), f"{kind}_{str(offset).replace('.', 'p')}"
+    p, e = (torch.from_numpy(z[name]).requires_grad_() for name in ("video", "selected_video"))
+    similarity = torch.from_numpy(z["similarity"]) * (kind == "adaptive")
+    loss = xmkd.csc_loss(p, e, similarity, torch.from_numpy(z["labels"]), offset)
+    loss.backward()
+    close(loss, z[f"loss_{key}"], 5e-6), close(p.grad, z[f"grad_video_{key}"], 1e-8, 1e-4), close(e.grad, z[f"grad_selected_{key}"], 1e-8, 1e-4)
+    z = numbers("triplet")
+    a, n, p = (torch.from_numpy(z[f"triplet_{name}"]).requires_grad_() for name in ("anchor", "negative", "positive"))
+    loss = xmkd.triplet_loss(a, n, p, 0.2)
+    loss.backward()
+    close(loss, z["triplet_loss_margin_0p2"], 1e-6), close(p.grad, z["triplet_grad_positive"], 1e-8, 1e-4)
+    close(xmkd.triplet_loss(a, n, p, 0.0), z["triplet_loss_margin_0p0"], 1e-6)
+
+
+@needs_testdata
+@pytest.mark.parametrize("variant, offset", [("full", 0.07), ("threshold_0p2", 0.2)])
+def test_steps_of_the_whole_recipe_agree_with_the_authors_in_float64(formula, variant, offset):
+    z = numbers("trajectory")
+    student = filled(formula, xmkd.VideoNet(51), "open/video").double()
+    noise_filter = filled(formula, xmkd.ModalityNoiseFilter(51), "open/mnf").double()
+    optimizer = xmkd.make_optimizer(student, noise_filter)
+    for i in range(5 if variant == "full" else 2):
+        terms = xmkd.train_step(student, noise_filter, optimizer, torch.from_numpy(formula.normal(f"traj_clip_{i}", (6, 3, 8, 56, 56), "open")).double(),
+                                torch.from_numpy(formula.relu_features(f"traj_teacher_{i}", (6, 512), "open")).double(), torch.from_numpy(z[f"labels_{i}"]), offset)
+        close([float(terms[k]) for k in ("cls", "filter_cls", "csc", "sparsity", "triplet")], z[f"{variant}__f64__losses"][i], 1e-9)
+
+
+@needs_testdata
+def test_audio_networks_agree_with_panns(formula):
+    z = numbers("panns")
+    logmel = xmkd.LogMel()(torch.from_numpy(formula.waveform("panns_wave", 2, 64000, 32000, "open")))
+    close(logmel, z["logmel"], 1e-3)
+    for name, stages in (("cnn10", 4), ("cnn14_emb512", 6)):
+        net = filled(formula, xmkd.AudioNet(527, stages=stages), f"open/{name}", front_bn="bn0").eval()
+        with torch.no_grad():
+            out = net(torch.from_numpy(z["logmel"]))
+        close(out.pooled, z[f"{name}_embedding"], 2e-5), close(out.logits.sigmoid(), z[f"{name}_clipwise_output"], 5e-6)
+
+
+@needs_testdata
+def test_windows_and_retrieval_agree_with_the_authors():
+    for n, lists in json.loads((TESTDATA / "parity" / "temporal_sampling.json").read_text()).items():
+        if n.isdigit():
+            assert xmkd.even_windows(int(n)) == lists["TemporalEvenCrop(16,3)"] and xmkd.sliding_windows(int(n)) == lists["SlidingWindow(16,16)"]
+    z = numbers("retrieval")
+    for prefix in ("", "weak_"):
+        data = [torch.from_numpy(z[prefix + name]) for name in ("val_features", "train_features", "val_labels", "train_labels")]
+        ours = xmkd.retrieval_metrics(*data, ks=z[prefix + "hit_k"].tolist())
+        close([ours[f"R@{k}"] for k in z[prefix + "hit_k"]], z[prefix + "hit_rate"], 1e-9)
+        close([xmkd.retrieval_metrics(*data, topk=int(k))["mAP_released"] for k in z[prefix + "map_k"]], z[prefix + "map"], 1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ 2. networks
+def test_networks_return_map_pooled_and_logits():
+    out = xmkd.VideoNet(7, width=8)(rand(2, 3, 16, 32, 48))
+    assert [tuple(x.shape) for x in out] == [(2, 2 * 2 * 3, 64), (2, 64), (2, 7)] and torch.allclose(out.map.mean(1), out.pooled)
+    out = xmkd.AudioNet(7, width=8, dim=64)(rand(2, 101, 64) * 50 - 80)
+    assert [tuple(x.shape) for x in out] == [(2, 6 * 4, 64), (2, 64), (2, 7)] and (out.pooled >= 0).all()
+    assert xmkd.AudioNet(3, width=4, stages=6, dim=20)(rand(2, 101, 64)).map.shape == (2, 3 * 2, 128)
+
+
+def test_logmel_agrees_with_its_description_written_out():
+    x = (rand(2, 6400) - 0.5).double().numpy()
+    x[1] = 0                                                              # silence sits on the floor of -100 dB
+    x[0] += np.sin(2 * np.pi * 1000 * np.arange(6400) / 32000)
+    hz = lambda mel: mel * 200 / 3 if mel < 15 else 1000 * 6.4 ** ((mel - 15) / 27)                  # Slaney's scale
+    mel = lambda f: f * 3 / 200 if f < 1000 else 15 + 27 * math.log(f / 1000) / math.log(6.4)
+    edges = [hz(m) for m in np.linspace(mel(50), mel(14000), 66)]
+    bins = np.arange(513) * 32000 / 1024
+    triangles = np.stack([np.maximum(0, np.minimum((bins - a) / (b - a), (c - bins) / (c - b))) * 2 / (c - a)
+                          for a, b, c in zip(edges, edges[1:], edges[2:])])
+    padded, window = np.pad(x, ((0, 0), (512, 512)), mode="reflect"), 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
+    frames = np.stack([padded[:, 320 * t:320 * t + 1024] * window for t in range(21)], 1)
+    expected = 10 * np.log10(np.maximum(np.abs(np.fft.rfft(frames)) ** 2 @ triangles.T, 1e-10))
+    close(xmkd.LogMel()(torch.from_numpy(x).float()), expected, 2e-3)
+
+
+def test_spec_augment_masks_training_views_only():
+    prepare, sound = xmkd.Prepare(spec_augment=True), (rand(2, 32000) * 2000).to(torch.int16)
+    clean = prepare.eval()(sound)
+    masked = prepare.train()(sound)
+    assert torch.equal(clean, xmkd.LogMel()(sound.float() / 32767)) and 0 < (masked - clean).abs().gt(1e-3).float().mean() < 0.7
+
+
+# ------------------------------------------------------------------------------------------------ 3. media
+def encode(path, seconds=2.0, fps=10, rate=16000, video=True, audio=True, tone=440.0, size=(48, 64)):
+    """A clip whose frame k is grey 5 * k and whose sound is one tone; the container follows the extension."""
+    with av.open(str(path), "w") as container:
+        codecs = {".avi": ("mpeg4", "mp3"), ".webm": ("libvpx-vp9", "libopus"), ".wav": (None, "pcm_s16le"), ".flac": (None, "flac")}
+        v, a = codecs.get(Path(path).suffix, ("libx264", "aac"))
+        vs = container.add_stream(v, rate=fps) if video and v else None
+        as_ = container.add_stream(a, rate=rate, layout="mono") if audio and a else None
+        if vs:
+            vs.height, vs.width, vs.pix_fmt = *size, "yuv420p"
+            for k in range(round(seconds * fps)):
+                frame = av.VideoFrame.from_ndarray(np.full((*size, 3), min(5 * k, 255), np.uint8), format="rgb24")
+                container.mux(vs.encode(frame))
+            container.mux(vs.encode(None))
+        if as_:
+            wave = (0.5 * np.sin(2 * np.pi * tone * np.arange(round(seconds * rate)) / rate) * 32767).astype(np.int16)
+            for at in range(0, len(wave), 1024):
+                frame = av.AudioFrame.from_ndarray(wave[None, at:at + 1024], format="s16", layout="mono")
+                frame.sample_rate, frame.pts = rate, at
+                container.mux(as_.encode(frame))
+            container.mux(as_.encode(None))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "a b.mp4", "-a.mkv", "a.avi", "a.flac"])
+def test_decode_audio_gives_the_asked_range_as_mono_32_khz(tmp_path, name):
+    path = encode(tmp_path / name, seconds=3.0, rate=22050 if name == "a.avi" else 16000)
+    whole, part = xmkd.decode_audio(path), xmkd.decode_audio(path, 1.0, 2.0)
+    assert whole.dtype == torch.float32 and whole.ndim == 1 and abs(len(whole) - 96000) < 5000 and len(part) == 32000
+    assert torch.fft.rfft(part * torch.hann_window(32000)).abs().argmax().item() == 440       # bins are 1 Hz wide
+    assert 0.4 < part.abs().max() < 0.6
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_decode_video_shows_the_frame_of_each_moment(tmp_path, name):
+    path = encode(tmp_path / name, seconds=3.0)                                      # frame k, at k / 10 s, is grey 5 k
+    late = 5 if name == "a.avi" else 0                   # FFmpeg's avi writer leaves frame 1 out and shows the rest 0.1 s later
+    frames = xmkd.decode_video(path, fps=4.0, size=(24, 40))
+    assert frames.shape == (13 if late else 12, 3, 24, 40) and frames.dtype == torch.uint8
+    expected = torch.tensor([max(5.0 * math.floor(k / 4 * 10 + 1e-6) - late, 0) for k in range(len(frames))])
+    assert (frames.float().mean((1, 2, 3)) - expected).abs().max() <= 4
+    part = xmkd.decode_video(path, 1.0, 2.0, fps=10.0)
+    assert part.shape == (10, 3, 128, 171) and (part.float().mean((1, 2, 3)) - torch.arange(50.0, 100, 5) + late).abs().max() <= 4
+    assert xmkd.decode_video(path, 0, 1, size=24).shape == (4, 3, 24, 32)            # shorter side, aspect ratio kept
+
+
+def test_unusable_files_say_why(tmp_path):
+    good = Path(encode(tmp_path / "good.avi", seconds=4.0)).read_bytes()
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("<html>not found</html>")
+    (tmp_path / "cut.avi").write_bytes(good[:len(good) // 2])
+    (tmp_path / "cut.wav").write_bytes(Path(encode(tmp_path / "good.wav")).read_bytes()[:20000])
+    mp4 = Path(encode(tmp_path / "good.mp4")).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(mp4[:len(mp4) // 2])
+    (tmp_path / "folder.mp4").mkdir()
+    silent, blind = encode(tmp_path / "silent.mp4", audio=False), encode(tmp_path / "blind.mp4", video=False)
+    for call, reason in ((lambda: xmkd.decode_audio(tmp_path / "empty.mp4"), "empty file"),
+                         (lambda: xmkd.decode_video(tmp_path / "text.mp4"), "cannot be decoded"),
+                         (lambda: xmkd.decode_video(tmp_path / "cut.mp4"), "cannot be decoded"),
+                         (lambda: xmkd.decode_video(tmp_path / "cut.avi"), "truncated"),
+                         (lambda: xmkd.decode_audio(tmp_path / "cut.avi"), "truncated"),
+                         (lambda: xmkd.decode_audio(tmp_path / "folder.mp4"), "not a regular file"),
+                         (lambda: xmkd.decode_audio(tmp_path / "none.mp4"), "no such file"),
+                         (lambda: xmkd.decode_audio(silent), "no audio stream"), (lambda: xmkd.decode_video(blind), "no video stream"),
+                         (lambda: xmkd.decode_audio(silent[:-10] + "good.wav", 9.0, 10.0), "truncated")):
+        with pytest.raises(xmkd.InputError, match=reason):
+            call()
+
+
+def test_decoding_leaves_no_file_open(tmp_path):
+    path = encode(tmp_path / "a.mp4")
+    (tmp_path / "bad.mp4").write_text("x" * 100)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        xmkd.decode_audio(path, 0, 0.5), xmkd.decode_video(path, 0, 0.5)
+        with pytest.raises(xmkd.InputError):
+            xmkd.decode_audio(tmp_path / "bad.mp4")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@needs_testdata
+def test_real_clips_decode_in_every_codec():
+    for name, facts in json.loads((TESTDATA / "clips" / "clips.json").read_text()).items():
+        path = TESTDATA / "clips" / name
+        if facts["n_samples"]:
+            assert abs(len(xmkd.decode_audio(path)) / 32000 - facts["n_samples"] / facts["sample_rate"]) < 0.05
+        if facts["n_frames"]:
+            assert abs(len(xmkd.decode_video(path)) - facts["n_frames"] / facts["fps"] * 4) <= 1.5
+    assert xmkd.decode_video(TESTDATA / "clips" / "nasa_13013_rotated.mp4", size=40).shape[2:] == (71, 40)      # turned upright
+
+
+# ------------------------------------------------------------------------------------------------ 4. data sets
+def audioset(root, train=("aaaaaaaaaa0",), evaluation=("bbbbbbbbbb0",), files=None, labels='"/m/1,/m/2"'):
+    """A tree with empty media files; `files` are their paths."""
+    for name in files or [f"{i}.wav" for i in (*train, *evaluation)]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "class_labels_indices.csv").write_text('index,mid,display_name\n0,/m/1,"One, first"\n1,/m/2,"Two"\n')
+    for name, ids in (("balanced_train_segments.csv", train), ("eval_segments.csv", evaluation)):
+        rows = "".join(f"{i}, {30 * k}.000, {30 * k + 10}.000, {labels}\n" for k, i in enumerate(ids))
+        (root / name).write_text("# Segments csv\n# num_ytids\n# YTID, start_seconds, end_seconds, positive_labels\n" + rows)
+    return root
+
+
+@pytest.mark.parametrize("name", ["audios/balanced_train_segments/Y{}.wav", "data/x/audio/{}_30000_40000.flac", "Music/{}_0.0-10.0.ogg", "wavs/000/id_{}.m4a",
+                                  "Y{}_30.000_40.000.wav", "s/Y{}_30000.wav", "Dog/{}_30.wav", "{}_30.wav.gz", "clip/{}.p0.mp4", "{}.mkv", "v_{}.mp4", "v{}_0_10_out.mkv",
+                                  "{}_40.000.mp4", "bal_train/{}.FLAC"])
+@pytest.mark.parametrize("ytid", ["-a_b-c_d-e_", "_4gqARaEJE-", "Y1234567890", "v_-abcdefgh"])
+def test_audioset_files_are_found_by_id_in_every_naming_scheme(tmp_path, name, ytid):
+    clips, classes = xmkd.read_audioset(audioset(tmp_path, train=(ytid,), files=[name.format(ytid), "bbbbbbbbbb0.wav"]))
+    assert classes == ["One, first", "Two"] and clips[0].id == ytid and clips[0].labels == (0, 1)
+    assert clips[0].audio == str(tmp_path / name.format(ytid)) and (clips[0].video is None) == xmkd.is_sound_only(name)
+
+
+def test_audioset_joins_sound_and_picture_and_reports_what_is_missing(tmp_path):
+    root = audioset(tmp_path, train=("aaaaaaaaaa0", "aaaaaaaaaa1"), files=["audio/aaaaaaaaaa0_0_10.flac", "video/aaaaaaaaaa0_0_10.mp4", "x/aaaaaaaaaa0.flac", "bbbbbbbbbb0.mp4"])
+    skipped = []
+    clips, _ = xmkd.read_audioset(root, skipped=skipped)
+    assert [(c.id, c.split, Path(c.audio).name, Path(c.video).name) for c in clips] == [
+        ("aaaaaaaaaa0", "train", "aaaaaaaaaa0_0_10.flac", "aaaaaaaaaa0_0_10.mp4"), ("bbbbbbbbbb0", "eval", "bbbbbbbbbb0.mp4", "bbbbbbbbbb0.mp4")]
+    assert skipped == [("aaaaaaaaaa1", "missing: listed, but no file has its id")]
+
+
+@pytest.mark.parametrize("text", ["\ufeff# c\r\naaaaaaaaaa0, 0.000, 10.000, \"/m/1,/m/2\"\r\n\r\n", 'aaaaaaaaaa0,0,10,"""/m/1,/m/2""",,\n', "aaaaaaaaaa0, 0, 10, /m/2, /m/1,\n"])
+def test_audioset_lists_mangled_by_editors_still_parse(tmp_path, text):
+    root = audioset(tmp_path)
+    (root / "balanced_train_segments.csv").write_text(text, encoding="utf-8")
+    clips, _ = xmkd.read_audioset(root)
+    assert clips[0][:3] == ("aaaaaaaaaa0", (0, 1), "train") and clips[0][5:] == (0.0, 10.0)
+
+
+@pytest.mark.parametrize("row, says", [("aaaaaaaaaa0, 0, 10, /m/9", "unknown label '/m/9'"), ("aaaaaaaaaa0, 10, 5, /m/1", "expected"), ("short, 0, 5, /m/1", "expected"),
+                                       ("aaaaaaaaaa0, -1, 5, /m/1", "expected"), ("aaaaaaaaaa0, 0, 5", "expected")])
+def test_audioset_list_errors_name_file_and_line(tmp_path, row, says):
+    root = audioset(tmp_path)
+    (root / "balanced_train_segments.csv").write_text("# c\n" + row + "\n")
+    with pytest.raises(xmkd.InputError, match=rf"balanced_train_segments.csv:2: {says}"):
+        xmkd.read_audioset(root)
+
+
+def test_audioset_without_a_match_shows_ids_and_files(tmp_path):
+    with pytest.raises(xmkd.InputError, match=r"ids listed: aaaaaaaaaa0, bbbbbbbbbb0; files seen: other.wav"):
+        xmkd.read_audioset(audioset(tmp_path, files=["other.wav"]))
+
+
+def test_ucf101_tolerates_case_crlf_and_leaves_mute_classes_out(tmp_path):
+    lists, media = tmp_path / "ucfTrainTestlist", tmp_path / "UCF-101"
+    lists.mkdir()
+    (lists / "classInd.txt").write_bytes(b"37 HandstandPushups\r\n95 Typing\r\n11 Biking\r\n")
+    (lists / "trainlist02.txt").write_bytes(b"HandstandPushups/v_HandStandPushups_g08_c01.avi 37\r\nTyping/v_Typing_g08_c01.avi 95\r\nBiking/v_Biking_g08_c01.avi 11\r\n")
+    (lists / "testlist02.txt").write_bytes(b"Typing/v_Typing_g01_c01.avi\r\nTyping/v_Typing_g01_c02.avi\r\n")
+    for name in ("HandStandPushups/v_HandstandPushups_g08_c01.avi", "Typing/v_Typing_g08_c01.avi", "Biking/v_Biking_g08_c01.avi", "Typing/v_Typing_g01_c01.avi"):
+        (media / name).parent.mkdir(parents=True, exist_ok=True)
+        (media / name).touch()
+    skipped = []
+    clips, classes = xmkd.read_ucf101(tmp_path, fold=2, skipped=skipped)
+    assert classes == ["HandstandPushups", "Typing"]
+    assert [(c.id, c.labels, c.split) for c in clips] == [("v_HandstandPushups_g08_c01", (0,), "train"), ("v_Typing_g08_c01", (1,), "train"), ("v_Typing_g01_c01", (1,), "eval")]
+    assert [path for path, _ in skipped] == ["Biking/v_Biking_g08_c01.avi", "Typing/v_Typing_g01_c02.avi"]
+    with pytest.raises(xmkd.InputError, match="trainlist01.txt is missing"):
+        xmkd.read_ucf101(tmp_path, fold=1)
+
+
+@needs_testdata
+def test_the_published_lists_parse_whole(tmp_path):
+    root = tmp_path / "audioset"
+    (root / "media").mkdir(parents=True)
+    for name in ("balanced_train_segments.csv", "eval_segments.csv", "class_labels_indices.csv"):
+        os.symlink(TESTDATA / "metadata" / "audioset" / name, root / name)
+    (root / "media" / "Y--PJHxphWEs.wav").touch()
+    skipped = []
+    clips, classes = xmkd.read_audioset(root, skipped=skipped)
+    assert len(classes) == 527 and len(clips) == 1 and len(skipped) == 22160 + 20371 - 1 and clips[0].start == 30.0
+    os.symlink(TESTDATA / "metadata" / "ucf101" / "ucfTrainTestlist", tmp_path / "ucfTrainTestlist")
+    media = tmp_path / "UCF-101"
+    media.mkdir()
+    for fold in (1, 2, 3):
+        for part in ("train", "test"):
+            for line in (tmp_path / "ucfTrainTestlist" / f"{part}list0{fold}.txt").read_text().split("\n"):
+                if line.strip():
+                    (media / Path(line.split()[0]).name).touch()
+    clips, classes = xmkd.read_ucf101(tmp_path)
+    authors = json.loads((TESTDATA / "metadata" / "authors" / "ucf51_annotation.json").read_text())
+    assert [c.lower() for c in classes] == [c.lower() for c in authors["labels"]]
+    assert (sum(c.split == "train" for c in clips), sum(c.split == "eval" for c in clips)) == (4901, 1944)      # nine have no sound
+
+
+def test_folder_of_folders(tmp_path):
+    for name in ("train/dog/1.wav", "train/cat/deep/2.mp4", "val/dog/3.mkv", "train/stray.mp4", "train/dog/readme.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    skipped = []
+    clips, classes = xmkd.read_folder(tmp_path, skipped)
+    assert classes == ["cat", "dog"] and {(c.id, c.labels[0], c.split, c.video is None) for c in clips} == {
+        ("train/dog/1", 1, "train", True), ("train/cat/deep/2", 0, "train", False), ("val/dog/3", 1, "eval", False)}
+    assert [Path(path).name for path, _ in skipped] == ["stray.mp4"]
+
+
+def test_duration_decides_whether_a_file_is_cut(tmp_path):
+    whole, cut = encode(tmp_path / "whole.mp4", seconds=4.0), encode(tmp_path / "cut.mp4", seconds=1.0)
+    clip = xmkd.Clip("x", (0,), "train", whole, whole, 2.0, 3.0)
+    assert xmkd.load_stream(clip, "video", fps=10.0, size=16)[0].float().mean() == pytest.approx(100, abs=4)      # second 2 of 4
+    clip = clip._replace(audio=cut, video=cut)
+    assert xmkd.load_stream(clip, "video", fps=10.0, size=16)[0].float().mean() == pytest.approx(0, abs=4)        # its own start
+    assert len(xmkd.load_stream(clip, "audio")) == pytest.approx(32000, abs=1500)
+
+
+# ------------------------------------------------------------------------------------------------ 5. demo data
+def test_demo_dials_change_the_teacher_only_and_by_their_share():
+    clips, classes = xmkd.demo_clips(tags=True)
+    assert len(classes) == 10 and {c for clip in clips for c in clip.labels} == set(range(10))
+    train = [c for c in clips if c.split == "train"]
+    truth = [xmkd.demo_truth(c, 3, 0.6, 0.5) for c in train]
+    assert abs(np.mean([bool(mixed) for _, mixed in truth]) - 0.6) < 0.07
+    wrong = [set(shown) != set(c.labels) for c, (shown, _) in zip(train, truth)]
+    assert abs(np.mean(wrong) - 0.5) < 0.07 and not any(set(s) & set(c.labels) for c, (s, _), w in zip(train, truth, wrong) if w)
+    assert all(sorted(shown) == sorted(c.labels) and not mixed for c in clips for shown, mixed in [xmkd.demo_truth(c, 3, 0, 0)])
+    calm, hard = (dict(student="audio", seed=3, noise=d, mismatch=d, fps=4.0, side=32) for d in (0.0, 1.0))
+    for clip in clips[:5]:
+        assert torch.equal(xmkd.demo_stream(clip, "audio", **calm), xmkd.demo_stream(clip, "audio", **hard))
+        assert not torch.equal(xmkd.demo_stream(clip, "video", **calm), xmkd.demo_stream(clip, "video", **hard))
+    assert xmkd.demo_stream(clips[0], "audio", **calm).shape == (32000,) and xmkd.demo_stream(clips[0], "video", **calm).shape == (4, 3, 32, 32)
+
+
+# ------------------------------------------------------------------------------------------------ 6. store and views
+def test_windows_loop_and_spread():
+    assert xmkd.sliding_windows(5, 3, 3) == [[0, 1, 2], [3, 4, 3]] and xmkd.sliding_windows(2, 4) == [[0, 1, 0, 1]]
+    assert xmkd.even_windows(20, 4, 3)[0] == [0, 1, 2, 3] and len(xmkd.even_windows(20, 4, 3)) == 3 and xmkd.even_windows(9, 4, 1)
+
+
+def demo_data(tmp_path, clips=12):
+    every, classes = xmkd.demo_clips(tags=False)
+    load = lambda clip, kind: xmkd.demo_stream(clip, kind, "video", 3, 0.3, 0.2, 6.0, 24)
+    store = xmkd.ClipStore(tmp_path, every[:clips], load, {"audio": 1, "video": 1})
+    return xmkd.Data(store, classes, torch.tensor([c.labels[0] for c in every[:clips]]), list(range(clips - 2)), [clips - 2, clips - 1])
+
+
+def test_store_decodes_once_and_keeps_reasons(tmp_path):
+    calls = []
+
+    def load(clip, kind):
+        calls.append(clip.id)
+        if clip.id == "bad":
+            raise xmkd.InputError("bad: broken")
+        return torch.full((3, 3, 16, 16), 100, dtype=torch.uint8) if kind == "video" else torch.linspace(-2, 2, 9)
+    clips = [xmkd.Clip(i, (0,), "train", None, None) for i in ("good", "bad")]
+    for _ in range(2):
+        store = xmkd.ClipStore(tmp_path, clips, load, {"audio": 1, "video": 1})
+        assert store.decode([(0, ("audio",)), (0, ("video",)), (1, ("video",))], 0, lambda done, total: None) == [[0, 9, ""], [0, 3, ""], [1, 0, "bad: broken"]]
+    assert calls == ["good", "good", "bad"]
+    assert store.stream(0, "video")[0].dtype == torch.uint8 and (xmkd.unpack_frames(*store.stream(0, "video"), [2, 0, 2]) - 100.0).abs().max() < 6
+    samples, = store.stream(0, "audio")
+    assert samples.dtype == torch.int16 and samples[0] == -32767 and samples[-1] == 32767
+
+
+def test_views_follow_from_their_seed_and_not_from_the_worker(tmp_path):
+    data, spec = demo_data(tmp_path), xmkd.ViewSpec("video", frames=4, size=16)
+    batches = []
+    for workers in (0, 2):
+        loader = data.loader(data.train, spec, "train", 4, workers, seed=5)
+        loader.batch_sampler.epoch = 3
+        torch.manual_seed(workers)
+        batches.append([views for views, _, _ in loader])
+    assert len(batches[0]) == 3 and all(torch.equal(a, b) for a, b in zip(*batches))
+    views = xmkd.Views(data.store, spec, "train", data.labels)
+    assert views[0, 1][0].shape == (4, 3, 16, 16) and not torch.equal(views[0, 1][0], views[0, 2][0])
+    windows, = xmkd.Views(data.store, spec, "test", data.labels)[0, 0]
+    assert windows.shape == (2, 4, 3, 16, 16)                                      # 6 frames: a window of 4, then one of 2, looped
+    sound = xmkd.Views(data.store, xmkd.ViewSpec("audio", samples=48000), "train", data.labels)[0, 1][0]
+    assert sound.shape == (48000,) and torch.equal(sound[:16000], sound[32000:])   # one second, looped
+
+
+def test_a_last_batch_of_one_joins_the_one_before():
+    for n, sizes in ((9, [4, 5]), (8, [4, 4]), (10, [4, 4, 2]), (3, [3]), (1, [1])):
+        batches = xmkd.EpochBatches(range(n), 4, seed=0)
+        assert [len(b) for b in batches] == sizes and len(batches) == len(sizes)
+        assert sorted(i for b in batches for i, _ in b) == list(range(n))
+
+
+# ------------------------------------------------------------------------------------------------ 7. metrics
+def test_map_and_auc_agree_with_their_definitions_ties_included():
+    scores, labels = (rand(40, 6) * 8).round() / 8, (rand(40, 6, seed=1) > 0.7).long()
+    labels[:, 5] = 0                                                               # no positive: left out
+    aps, aucs = [], []
+    for c in range(5):
+        s, y = scores[:, c].tolist(), labels[:, c].tolist()
+        recall, ap = 0.0, 0.0
+        for threshold in sorted(set(s), reverse=True):                             # average precision as scikit-learn defines it
+            picked = [t for v, t in zip(s, y) if v >= threshold]
+            ap += (sum(picked) / sum(y) - recall) * sum(picked) / len(picked)
+            recall = sum(picked) / sum(y)
+        pairs = [(a > b) + 0.5 * (a == b) for a, t in zip(s, y) for b, u in zip(s, y) if t and not u]
+        aps.append(ap), aucs.append(sum(pairs) / len(pairs))
+    assert xmkd.mean_average_precision(scores, labels) == pytest.approx(np.mean(aps), abs=1e-12)
+    assert xmkd.mean_auc(scores, labels) == pytest.approx(np.mean(aucs), abs=1e-12)
+    assert xmkd.score("audio_tagging", scores, labels)["d_prime"] == pytest.approx(math.sqrt(2) * __import__("statistics").NormalDist().inv_cdf(np.mean(aucs)))
+    with pytest.raises(ValueError, match="none of 6 classes"):
+        xmkd.mean_average_precision(scores, labels * 0)
+
+
+def test_topk_and_retrieval_agree_with_loops():
+    scores = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2]])
+    assert xmkd.topk_accuracy(scores, torch.tensor([2, 0])) == 0.5 and xmkd.topk_accuracy(scores, torch.tensor([2, 0]), 2) == 1.0
+    q, g, ql, gl = rand(9, 4) - 0.5, rand(30, 4, seed=1) - 0.5, torch.arange(9) % 4, torch.arange(30) % 3       # label 3 has no match
+    aps, released, ranks = [], [], []
+    for i in range(9):
+        order = sorted(range(30), key=lambda j: -float(F.cosine_similarity(q[i], g[j], dim=0)))
+        hits = [int(gl[j] == ql[i]) for j in order]
+        precision = [sum(hits[:n + 1]) / (n + 1) for n in range(30) if hits[n]]
+        short = [p for n, p in zip([n for n in range(30) if hits[n]], precision) if n < 5]
+        aps.append(np.mean(precision) if precision else 0.0)
+        released += [np.mean(short)] if short else []
+        ranks.append(hits.index(1) if 1 in hits else 99)
+    ours = xmkd.retrieval_metrics(q, g, ql, gl, ks=(1, 5), topk=5)
+    assert ours["mAP"] == pytest.approx(np.mean(aps)) and ours["mAP_released"] == pytest.approx(np.mean(released))
+    assert ours["R@1"] == pytest.approx(np.mean([r < 1 for r in ranks])) and ours["R@5"] == pytest.approx(np.mean([r < 5 for r in ranks]))
+
+
+# ------------------------------------------------------------------------------------------------ 8.-11. the whole program
+TINY = ["--width", "4", "--size", "32", "--frames", "2", "--teacher-epochs", "1", "--epochs", "2", "--workers", "0", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """A folder data set encoded here: two labels told apart by tone and brightness, one file unreadable."""
+    root = tmp_path_factory.mktemp("media")
+    for part, count in (("train", 8), ("val", 3)):
+        for label, tone in (("high", 2000.0), ("low", 300.0)):
+            (root / part / label).mkdir(parents=True)
+            for k in range(count):
+                encode(root / part / label / f"{k}.mp4", seconds=1.0, tone=tone + 10 * k, fps=8 if label == "low" else 25)
+    (root / "train" / "low" / "broken.mp4").write_bytes(b"")
+    return root
+
+
+@pytest.mark.parametrize("task, metrics", [("audio_tagging", {"mAP", "AUC", "d_prime"}), ("action_recognition", {"top1", "top5"}),
+                                           ("video_retrieval", {"R@1", "R@5", "R@10", "R@20", "R@50", "mAP", "mAP_released", "top1", "top5"})])
+def test_each_task_runs_on_files_and_leaves_what_it_promises(tmp_path, media, task, metrics):
+    out = tmp_path / "run"
+    assert xmkd.main([*TINY, "--task", task, "--data", str(media), "--teacher", "scratch", "--out", str(out), "--cache", str(media.parent / "cache")]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert {"task", "data", "method", "seed", "metrics", "teacher", "clips", "seconds"} <= results.keys()
+    assert set(results["metrics"]) == metrics | {"epoch"} and all(0 <= results["metrics"][m] <= 1 for m in metrics - {"d_prime"})
+    assert results["clips"] == {"train": 16, "eval": 6} and results["teacher"]["kind"] == "from scratch"
+    assert list(csv.reader((out / "skipped.csv").open()))[1] == [str(media / "train/low/broken.mp4"), "empty file (0 bytes)"]
+    assert [json.loads(line)["epoch"] for line in (out / "log.jsonl").read_text().splitlines()] == [2]
+    assert json.loads((out / "config.json").read_text())["settings"]["width"] == 4
+    saved = xmkd.load_checkpoint(out / "best.pt")
+    network, noise_filter = xmkd.make_network(**saved["network"]), xmkd.ModalityNoiseFilter(2, 32)
+    network.load_state_dict(saved["student"]), noise_filter.load_state_dict(saved["filter"])
+    assert saved["classes"] == ["high", "low"]
+    assert xmkd.main(["--eval", str(out / "best.pt"), "--out", str(tmp_path / "eval"), "--workers", "0", "--quiet"]) == 0
+    again = json.loads((tmp_path / "eval" / "results.json").read_text())["metrics"]
+    assert all(again[m] == pytest.approx(results["metrics"][m], abs=1e-6) for m in metrics)
+
+
+def test_compare_uses_one_teacher_and_prints_a_table(tmp_path, media, capsys):
+    arguments = ["--task", "action_recognition", "--data", str(media), "--compare", "student,mnf,csc,xmkd", "--seeds", "2", "--out", str(tmp_path), "--cache", str(media.parent / "cache")]
+    assert xmkd.main([a for a in TINY if a != "--quiet"] + arguments + ["--epochs", "1"]) == 0
+    printed = capsys.readouterr()
+    assert "no pretrained tagging network" in printed.err and "16 training and 6 evaluation clips" in printed.out
+    rows = {line.split()[0]: line for line in printed.out.splitlines() if line.strip()}
+    assert all("±" in rows[method] for method in ("student", "mnf", "csc", "xmkd")) and "±" not in rows["teacher"].replace("teacher:", "")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [len(results["metrics"][m]) for m in ("teacher", "student", "mnf", "csc", "xmkd")] == [1, 2, 2, 2, 2] and results["warnings"]
+    assert (tmp_path / "xmkd-s4" / "best.pt").exists()
+
+
+def test_stop_and_resume_equals_one_straight_run(tmp_path, media):
+    common = [*TINY, "--data", str(media), "--teacher", "scratch", "--eval-every", "1", "--cache", str(media.parent / "cache")]
+    saves, save = [], xmkd.save
+
+    def stop(path, content):
+        save(path, content)
+        if path == tmp_path / "b" / "last.pt":
+            saves.append(path)
+            if len(saves) == 1:
+                raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xmkd, "save", stop)
+        assert xmkd.main([*common, "--out", str(tmp_path / "b")]) == 130
+    assert xmkd.load_checkpoint(tmp_path / "b" / "last.pt")["epoch"] == 1
+    assert xmkd.main([*common, "--out", str(tmp_path / "b"), "--resume"]) == 0 and xmkd.main([*common, "--out", str(tmp_path / "a")]) == 0
+    a, b = (xmkd.load_checkpoint(tmp_path / name / "last.pt") for name in "ab")
+    assert all(torch.equal(a[part][k], b[part][k]) for part in ("student", "filter") for k in a[part])
+    rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in "ab"]
+    assert rows[0] == rows[1] and len(rows[0]) == 2
+
+
+def test_the_student_memorises_eight_clips(tmp_path):
+    data = demo_data(tmp_path, clips=10)
+    torch.manual_seed(0)
+    network, prepare = xmkd.make_network("video", 10, 8), xmkd.Prepare()
+    noise_filter = xmkd.ModalityNoiseFilter(10, 64, teacher_dim=16)
+    optimizer = xmkd.make_optimizer(network, noise_filter, lr=3e-3)
+    views = torch.stack([xmkd.Views(data.store, xmkd.ViewSpec("video", 4, 24), "test", data.labels)[i, 0][0][0] for i in range(8)])
+    for _ in range(40):
+        xmkd.train_step(network, noise_filter, optimizer, prepare(views), rand(8, 16), data.labels[:8])
+    assert network.eval()(prepare(views)).logits.argmax(1).tolist() == data.labels[:8].tolist()
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--data", "/nowhere"], "/nowhere is not a folder"), (["--data", "{}"], "AudioSet .*UCF-101 .*train/<label>"), (["--method", "xmkd", "--compare", "csc"], "exclude"),
+    (["--compare", "student,best"], "'best' is no method"), (["--epochs", "0"], "0 is not a whole number from 1"), (["--noise", "2"], "2 is not a number from 0 to 1"),
+    (["--bogus"], "unrecognized arguments: --bogus"), (["--eval", "{}/none.pt"], "no readable checkpoint"), (["--eval", "{}/none.pt", "--resume"], "no readable checkpoint"),
+    (["--teacher", "{}/none.pt"], "no readable checkpoint")])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, says):
+    assert xmkd.main([*TINY, *(a.format(tmp_path) for a in arguments), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(says, error) and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_data_that_cannot_be_used_is_refused(tmp_path, media, capsys):
+    def fails(says, *arguments):
+        assert xmkd.main([*TINY, "--out", str(tmp_path / "out"), *arguments]) == 2
+        assert re.search(says, capsys.readouterr().err)
+    root = audioset(tmp_path / "broken")
+    fails("unreadable, more than the share --max-skipped 0.2; the first: .*aaaaaaaaaa0", "--data", str(root))
+    fails("several; use --task audio_tagging", "--data", str(root), "--task", "action_recognition")
+    (tmp_path / "half" / "train" / "a").mkdir(parents=True)
+    encode(tmp_path / "half" / "train" / "a" / "1.mp4")
+    fails("eval split of .* is empty", "--data", str(tmp_path / "half"))
+    run = tmp_path / "run"
+    common = ["--task", "action_recognition", "--data", str(media), "--cache", str(media.parent / "cache")]
+    assert xmkd.main([*TINY, *common, "--method", "student", "--epochs", "1", "--out", str(run)]) == 0
+    fails("is a checkpoint of --task action_recognition, not of audio_tagging", "--eval", str(run / "best.pt"), "--task", "audio_tagging")
+    (tmp_path / "one" / "val" / "other").mkdir(parents=True)
+    encode(tmp_path / "one" / "val" / "other" / "1.mp4")
+    fails("knows 2 classes .* has 1 ", "--eval", str(run / "best.pt"), "--data", str(tmp_path / "one"))
+    fails("network for video; --task action_recognition needs one for audio", *common, "--teacher", str(run / "best.pt"))
+    fails("--resume: lr was 0.0003 .* and is 0.01 now", *common, "--method", "student", "--out", str(run), "--resume", "--lr", "0.01")
+
+
+def test_a_checkpoint_can_teach_the_other_modality(tmp_path, media):
+    common = [*TINY, "--data", str(media), "--epochs", "1", "--cache", str(media.parent / "cache")]
+    assert xmkd.main([*common, "--task", "action_recognition", "--method", "student", "--out", str(tmp_path / "video")]) == 0
+    assert xmkd.main([*common, "--width", "6", "--teacher", str(tmp_path / "video" / "best.pt"), "--out", str(tmp_path / "audio")]) == 0
+    assert xmkd.load_checkpoint(tmp_path / "audio" / "best.pt")["filter"]["adapter.weight"].shape == (48, 32)     # teacher 32-d, student 48-d
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+    torch.save({"student": Evil(), "network": {}, "classes": []}, tmp_path / "evil.pt")
+    with pytest.raises(xmkd.InputError, match="no readable checkpoint"):
+        xmkd.load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_evaluation_leaves_weights_and_mode_alone(tmp_path):
+    data, network, prepare = demo_data(tmp_path), xmkd.make_network("video", 10, 4).train(), xmkd.Prepare().train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    scores, pooled = xmkd.predict(network, data.loader(data.eval, xmkd.ViewSpec("video", 4, 16), "test", 2, 0), prepare, several_tags=False)
+    assert network.training and prepare.training and all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    assert scores.shape == (2, 10) and pooled.shape == (2, 32) and torch.allclose(scores.sum(1), torch.ones(2))
+
+
+# ------------------------------------------------------------------------------------------------ promises
+TREE = ast.parse((HERE / "xmkd.py").read_text())
+DEFINITIONS = {node.name: node for node in TREE.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+@pytest.mark.parametrize("name", ["decode_audio", "decode_video", "Clip", "read_audioset", "read_ucf101", "read_folder", "LogMel", "VideoNet", "AudioNet", "ModalityNoiseFilter",
+                                  "cosine_matrix", "label_overlap", "csc_loss", "sparsity_loss", "triplet_loss", "train_step", "mean_average_precision", "topk_accuracy",
+                                  "retrieval_metrics", "load_checkpoint", "even_windows", "sliding_windows"])
+def test_public_functions_need_only_the_imports_and_what_they_call(name):
+    needed, queue = [], [name]
+    while queue:
+        if (current := queue.pop()) not in needed:
+            needed.append(current)
+            queue += [n.id for n in ast.walk(DEFINITIONS[current]) if isinstance(n, ast.Name) and n.id in DEFINITIONS]
+    imports = [n for n in TREE.body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    pasted = {}
+    exec(compile(ast.Module([*imports, *(DEFINITIONS[n] for n in DEFINITIONS if n in needed)], []), "pasted", "exec"), pasted)
+    used = {n.id for d in needed for n in ast.walk(DEFINITIONS[d]) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    globals_of_module = {t.id for n in TREE.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in getattr(n, "targets", [getattr(n, "target", None)]) if isinstance(t, ast.Name)}
+    assert callable(pasted[name]) and not used & globals_of_module
+
+
+def test_every_option_is_used_and_explained(capsys):
+    with pytest.raises(SystemExit) as stop:
+        xmkd.main(["--help"])
+    printed, source = capsys.readouterr().out, (HERE / "xmkd.py").read_text()
+    assert stop.value.code == 0
+    for action in xmkd.build_parser()._actions:
+        assert action.help and all(o in printed for o in action.option_strings)
+        assert action.dest in ("help", "version") or len(re.findall(rf"""["']{action.dest}["']""", source)) >= 2 - ("-" in action.option_strings[0][2:]), action.dest
+
+
+def test_readme_commands_parse():
+    text = (HERE / "README.md").read_text()
+    commands = [line.split("#")[0].strip() for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S) for line in block.splitlines() if "python xmkd.py" in line]
+    assert len(commands) >= 5
+    for command in commands:
+        xmkd.build_parser().parse_args(command.split("python xmkd.py", 1)[1].replace("\\", "").split())
+
+
+def test_the_module_runs_as_a_program():
+    result = subprocess.run([sys.executable, str(HERE / "xmkd.py"), "--data", "/nowhere"], capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and inspect.getdoc(xmkd)
