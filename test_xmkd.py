@@ -457,7 +457,7 @@ def test_audioset_list_errors_name_file_and_line(tmp_path, row, says):
 
 
 def test_audioset_without_a_match_shows_ids_and_files(tmp_path):
-    with pytest.raises(xmkd.InputError, match=r"ids listed: aaaaaaaaaa0, bbbbbbbbbb0; files seen: other.wav"):
+    with pytest.raises(xmkd.InputError, match=r"listed: aaaaaaaaaa0, bbbbbbbbbb0; files seen: other.wav"):
         xmkd.read_audioset(audioset(tmp_path, files=["other.wav"]))
 
 

@@ -481,23 +481,26 @@ class Clip(NamedTuple):
     start: float = 0.0           # seconds
     end: float | None = None     # None: to the end of the file
 
-def walk_media(root: str | os.PathLike[str]) -> list[str]:
-    """Paths of all media files under `root` by extension, sorted; linked folders are followed, each once."""
-    media = ("wav flac mp3 m4a ogg opus aac wav.gz mp4 mkv webm avi mov m4v mpg mpeg").split()
-    endings, found, seen = tuple("." + e for e in media), [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [s for s in sorted(subfolders) if not s.startswith(".")]
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
-        found += [os.path.join(folder, f) for f in files if f.lower().endswith(endings) and not f.startswith("._")]
-    return sorted(found)
-
 def is_sound_only(path: str) -> bool:
     """True for the extensions that hold sound without picture."""
     return path.lower().endswith((".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".wav.gz"))
+
+def walk_media(root: str | os.PathLike[str]) -> list[str]:
+    """Paths of all media files under `root`, told by extension, sorted; linked folders are followed, each once."""
+    found, seen, pictures = [], set(), (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        here = os.stat(folder)
+        subfolders[:] = [] if (here.st_dev, here.st_ino) in seen else [s for s in subfolders if not s.startswith(".")]
+        found += [os.path.join(folder, f) for f in files if (here.st_dev, here.st_ino) not in seen
+                  and (is_sound_only(f) or f.lower().endswith(pictures)) and not f.startswith("._")]
+        seen.add((here.st_dev, here.st_ino))
+    return sorted(found)
+
+def nothing_found(listed: Sequence[str], media: Sequence[str], root: str | os.PathLike[str]) -> InputError:
+    """The error for lists of which no clip has a file: shows three of each, so that the difference is seen."""
+    names = [os.path.basename(path) for path in media]
+    return InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: "
+                      f"{', '.join(listed[:3]) or 'none'}; files seen: {', '.join(names[:3]) or 'none'}; names must agree")
 
 def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
                   skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
@@ -520,7 +523,7 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
     listed: dict[str, tuple[str, float, float, tuple[int, ...]]] = {}
     for table in tables:
         kind = next((k for k in ("unbalanced", "balanced", "eval") if k in table.name), "")
-        if not table.name.endswith("_segments.csv") or kind not in ("eval", *(("balanced", "unbalanced") if split == "all" else (split,))):
+        if not table.name.endswith("_segments.csv") or not kind or (kind != "eval" and split not in (kind, "all")):
             continue
         with table.open(newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
@@ -532,16 +535,14 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
                     if not (len(ytid) == 11 and 0 <= start < end < math.inf and mids):
                         raise ValueError
                 except (ValueError, IndexError):
-                    raise InputError(f"{table}:{number}: expected 'id, start, end, \"label,label\"' with an 11-character id and "
-                                     f"0 <= start < end, got {','.join(row)!r}; correct or remove the line") from None
-                unknown = [m for m in mids if m not in index_of]
-                if unknown:
-                    raise InputError(f"{table}:{number}: unknown label {unknown[0]!r}; {labels_file} lists {len(classes)} known ones")
+                    raise InputError(f"{table}:{number}: expected 'id, start, end, \"label,label\"' with 11 characters of id "
+                                     f"and 0 <= start < end, got {','.join(row)!r}; correct or remove the line") from None
+                if unknown := [mid for mid in mids if mid not in index_of]:
+                    raise InputError(f"{table}:{number}: unknown label {unknown[0]!r}; {labels_file} has {len(classes)} others")
+                labels = tuple(sorted({index_of[mid] for mid in mids}))
                 if ytid in listed:
                     skipped.append((f"{ytid} ({table.name}:{number})", "listed twice; the first row counts"))
-                else:
-                    listed[ytid] = ("eval" if kind == "eval" else "train", start, end, tuple(sorted({index_of[m] for m in mids})))
-
+                listed.setdefault(ytid, ("eval" if kind == "eval" else "train", start, end, labels))
     sound: dict[str, str] = {}
     picture: dict[str, str] = {}
     media = walk_media(root)
@@ -555,13 +556,12 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
     clips = [Clip(ytid, labels, part, sound.get(ytid, picture.get(ytid)), picture.get(ytid), start, end)
              for ytid, (part, start, end, labels) in listed.items() if ytid in sound or ytid in picture]
     if not clips:
-        raise InputError(f"none of the {len(listed):,} clips listed under {root} has a file there; ids listed: "
-                         f"{', '.join(itertools.islice(listed, 3)) or 'none'}; files seen: "
-                         f"{', '.join(os.path.basename(p) for p in media[:3]) or 'none'}; names must begin with the id")
-    skipped += [(ytid, "missing: listed, but no file has its id") for ytid in listed if ytid not in sound and ytid not in picture]
+        raise nothing_found(list(listed), media, root)
+    skipped += [(i, "missing: listed, but no file has its id") for i in listed if i not in sound and i not in picture]
     return clips, classes
 
-def read_ucf101(root: str | os.PathLike[str], fold: int = 1, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
+def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
+                skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """UCF-101: `UCF-101/<Class>/*.avi` and `ucfTrainTestlist/` -> clips and names of the 51 classes that have sound.
 
     fold  1, 2 or 3.  skipped  if given, gets (path, reason) of every listed clip left out.
@@ -575,7 +575,7 @@ def read_ucf101(root: str | os.PathLike[str], fold: int = 1, skipped: list[tuple
         sumowrestling surfing tabletennisshot typing unevenbars wallpushups writingonboard""".split())
     skipped = [] if skipped is None else skipped
     folders = {p.name.lower(): p for p in Path(root).iterdir() if p.is_dir()}
-    lists = folders["ucftraintestlist"]
+    lists = folders.get("ucftraintestlist", Path(root) / "ucfTrainTestlist")
     try:
         names = [line.split()[-1] for line in (lists / "classInd.txt").read_text("utf-8-sig").splitlines() if line.strip()]
         listed = [(part, line.split()[0]) for part, file in (("train", f"trainlist0{fold}.txt"), ("eval", f"testlist0{fold}.txt"))
@@ -592,14 +592,13 @@ def read_ucf101(root: str | os.PathLike[str], fold: int = 1, skipped: list[tuple
         folder, stem = entry.split("/")[0].lower(), Path(entry).stem
         path = file_of.get(stem.lower())
         if folder not in index_of:
-            skipped.append((entry, "its class has no sound" if folder in (n.lower() for n in names) else "its class is not in classInd.txt"))
+            skipped.append((entry, "its class is not among the 51 that have sound, or not in classInd.txt"))
         elif path is None:
             skipped.append((entry, "missing: listed, but no file has its name"))
         else:
             clips.append(Clip(Path(path).stem, (index_of[folder],), part, path, path))
     if not clips:
-        raise InputError(f"none of the {len(listed):,} clips listed in {lists} has a file under {root}; listed: "
-                         f"{', '.join(e for _, e in listed[:3])}; files seen: {', '.join(os.path.basename(p) for p in media[:3]) or 'none'}")
+        raise nothing_found([entry for _, entry in listed], media, root)
     return clips, classes
 
 def read_folder(root: str | os.PathLike[str], skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
@@ -1007,7 +1006,8 @@ def fit(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSp
     save(out / "config.json", about)
     options = (settings["batch_size"], settings["workers"])
     loader, checks = data.loader(data.train, spec, "train", *options, seed, teacher), data.loader(data.eval, spec, "val", *options)
-    progress = console.progress(f"{method} ({spec.kind}), seed {seed}")
+    name = method if spec.kind == STUDENT_KIND[task] else "teacher"
+    progress = console.progress(f"{name} ({spec.kind}), seed {seed}")
     for epoch in range(first, epochs + 1):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (0.1 if epoch > 0.75 * epochs else 1.0)                      # authors: after 150 of 200
@@ -1031,7 +1031,8 @@ def fit(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSp
                    "seconds": round(time.time() - begun, 1)}
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
-            console.say(f"  {method} s{seed}  " + "  ".join(f"{name} {value:.4g}" for name, value in row.items()))
+            if name == method:
+                console.say(f"  {name} s{seed}  " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
             if metrics[CHECK_METRIC[task]] > best:
                 best = metrics[CHECK_METRIC[task]]
                 save(out / "best.pt", {**content, "metrics": metrics})
@@ -1225,73 +1226,73 @@ def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """An argparse type: a number from low to high."""
     def parse(text: str) -> Any:
         try:
-            value = kind(text)
+            if low <= (value := kind(text)) <= high:
+                return value
         except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text} is not {what} from {low:g} to {high:g}")
-        return value
+            pass
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text} is not {what} from {low:g} to {high:g}")
     return parse
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options not given are absent: the checkpoint's or the data set's recipe fills them in."""
-    parser = Parser(prog="xmkd.py", argument_default=argparse.SUPPRESS,
-                    description="Robust cross-modal knowledge distillation (arXiv 2304.07775): a noise-filtered teacher of "
-                    "one modality trains a student of the other.", epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.")
-    share, count, yes_no = number(float, 0, 1), number(int, 1, 10 ** 6), argparse.BooleanOptionalAction
-    groups: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
+    share, count, size = number(float, 0, 1), number(int, 1, 10 ** 6), number(int, 16, 4096)
+    yes_no, switch = {"action": argparse.BooleanOptionalAction}, {"action": "store_true"}
+    groups: dict[str, list[tuple[str, Any, str]]] = {                   # name; type, choices or settings of it; help
         "task and data": [
-            ("task", "what the student learns", {"choices": sorted(STUDENT_KIND)}),
-            ("data", "'demo' or a folder: AudioSet, UCF-101, or train/<label>/* and val/<label>/*", {}),
-            ("split", "training list of AudioSet", {"choices": ["balanced", "unbalanced", "all"]}),
-            ("fold", "split of UCF-101", {"choices": [1, 2, 3], "type": int}),
-            ("noise", "demo: share of clips whose teacher modality has irrelevant events mixed in", {"type": share}),
-            ("mismatch", "demo: share of training clips whose teacher modality shows other events or none", {"type": share}),
-            ("max-skipped", "largest share of unreadable clips to go on with", {"type": share})],
+            ("task", list(STUDENT_KIND), "what the student learns"),
+            ("data", str, "'demo' or a folder: AudioSet, UCF-101, or train/<label>/* and val/<label>/*"),
+            ("split", ["balanced", "unbalanced", "all"], "training list of AudioSet"),
+            ("fold", number(int, 1, 3), "split of UCF-101, 1 to 3"),
+            ("noise", share, "demo: share of clips whose teacher modality has irrelevant events mixed in"),
+            ("mismatch", share, "demo: share of training clips whose teacher modality shows other events or none"),
+            ("max-skipped", share, "largest share of unreadable clips to go on with")],
         "views": [
-            ("frames", "frames a view (authors)", {"type": count}),
-            ("size", "side of the square view, pixels (authors)", {"type": number(int, 16, 4096)}),
-            ("fps", "frames a second (authors)", {"type": number(float, 0.01, 240)}),
-            ("seconds", "sound a view, seconds (PANNs); less if all clips are shorter", {"type": number(float, 0.4, 3600)}),
-            ("crop-area", "smallest area of a training crop, share of the frame (authors)", {"type": number(float, 0.01, 1)}),
-            ("flip", "mirror half of the training views (authors); not where left and right matter", {"action": yes_no}),
-            ("strong", "grey views, in training also inverted and rotated (ours); for small sets", {"action": yes_no}),
-            ("spec-augment", "mask stripes of training spectrograms (PANNs)", {"action": yes_no})],
+            ("frames", count, "frames a view (authors)"),
+            ("size", size, "side of the square view, pixels (authors)"),
+            ("fps", number(float, 0.01, 240), "frames a second (authors)"),
+            ("seconds", number(float, 0.4, 3600), "sound a view, seconds (PANNs); less if all clips are shorter"),
+            ("crop-area", number(float, 0.01, 1), "smallest area of a training crop, share of the frame (authors)"),
+            ("flip", yes_no, "mirror half of the training views (authors); not where left and right matter"),
+            ("strong", yes_no, "grey views, in training also inverted and rotated (ours); for small data sets"),
+            ("spec-augment", yes_no, "mask stripes of training spectrograms (PANNs)")],
         "method": [
-            ("method", "xmkd (default): MNF + CSC; mnf: MNF with a constant temperature; csc: CSC on the unfiltered teacher; "
-             "student: no teacher", {"choices": METHODS}),
-            ("compare", "several methods, as in student,mnf,csc,xmkd, from the same seeds and teacher embeddings (default on "
-             "the demo: student,xmkd)", {}),
-            ("teacher", "auto: the public pretrained network where it can be had, else one from scratch; scratch; or FILE, a "
-             "checkpoint of the other modality", {}),
-            ("teacher-epochs", "epochs of a teacher from scratch (ours)", {"type": count}),
-            ("csc-offset", "added to the similarity to make the temperature (authors; 0.2 for ActivityNet)",
-             {"type": number(float, 1e-6, 10)}),
-            ("margin", "margin of the triplet term, cosine (authors)", {"type": number(float, 0, 2)}),
-            ("sparsity", "weight of the filter's L1 term (authors)", {"type": share}),
-            ("width", "channels of the first stage; D is 8 times that (authors)", {"type": number(int, 2, 1024)})],
+            ("method", METHODS, "xmkd (default): MNF + CSC; mnf: MNF with a constant temperature; csc: CSC on the "
+             "unfiltered teacher; student: no teacher"),
+            ("compare", str, "methods to train from the same seeds and teacher embeddings, such as student,mnf,csc,xmkd "
+             "(default on the demo: student,xmkd)"),
+            ("teacher", str, "auto: the public pretrained network where it can be had, else one from scratch; scratch; or "
+             "FILE, a checkpoint of the other modality"),
+            ("teacher-epochs", count, "epochs of a teacher from scratch (ours)"),
+            ("csc-offset", number(float, 1e-6, 10), "makes the temperature: similarity + offset (authors; ActivityNet 0.2)"),
+            ("margin", number(float, 0, 2), "margin of the triplet term, cosine (authors)"),
+            ("sparsity", share, "weight of the filter's L1 term (authors)"),
+            ("width", number(int, 2, 1024), "channels of the first stage; D is 8 times that (authors)")],
         "optimisation": [
-            ("epochs", "passes over the training clips, the last quarter at a tenth of the rate (authors)", {"type": count}),
-            ("batch-size", "clips a step (authors; 64 for ActivityNet)", {"type": number(int, 2, 10 ** 6)}),
-            ("lr", "Adam's rate for the student, a fifth of it for the filter (authors)", {"type": number(float, 0, 10)}),
-            ("weight-decay", "Adam's coupled L2 (authors)", {"type": share}),
-            ("eval-every", "epochs between evaluations (authors)", {"type": count})],
+            ("epochs", count, "passes over the training clips, the last quarter at a tenth of the rate (authors)"),
+            ("batch-size", number(int, 2, 10 ** 6), "clips a step (authors; ActivityNet 64)"),
+            ("lr", number(float, 0, 10), "Adam's rate for the student, a fifth of it for the filter (authors)"),
+            ("weight-decay", share, "Adam's coupled L2 (authors)"),
+            ("eval-every", count, "epochs between evaluations (authors)")],
         "run": [
-            ("seed", "first seed (authors)", {"type": number(int, 0, 10 ** 6)}),
-            ("seeds", "how many seeds to run, counted up from --seed", {"type": count}),
-            ("out", "run folder (default: runs/<task>-<data>-<method>-s<seed>)", {}),
-            ("cache", "folder of decoded clips and teachers, may be shared by runs (default: <out>/cache)", {}),
-            ("eval", "evaluate this checkpoint instead of training", {"metavar": "CHECKPOINT"}),
-            ("resume", "go on from <out>/last.pt if there is one", {"action": "store_true"}),
-            ("workers", "loader processes", {"type": number(int, 0, 256)}),
-            ("device", "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one", {}),
-            ("quiet", "print warnings and errors only", {"action": "store_true"})]}
+            ("seed", number(int, 0, 10 ** 6), "first seed (authors)"),
+            ("seeds", count, "how many seeds to run, counted up from --seed"),
+            ("out", str, "run folder (default: runs/<task>-<data>-<method>-s<seed>)"),
+            ("cache", str, "folder of decoded clips and teachers, may be shared by runs (default: <out>/cache)"),
+            ("eval", str, "a checkpoint to evaluate instead of training"),
+            ("resume", switch, "go on from <out>/last.pt if there is one"),
+            ("workers", number(int, 0, 256), "loader processes"),
+            ("device", str, "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one"),
+            ("quiet", switch, "print warnings and errors only")]}
+    parser = Parser(prog="xmkd.py", argument_default=argparse.SUPPRESS, epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.",
+                    description="Robust cross-modal knowledge distillation (arXiv 2304.07775): a noise-filtered teacher of "
+                    "one modality trains a student of the other.")
     for title, options in groups.items():
         group = parser.add_argument_group(title)
-        for name, text, more in options:
+        for name, kind, text in options:
             known = [(layout, recipe[key]) for layout, recipe in RECIPES.items() if (key := name.replace("-", "_")) in recipe]
             shown = ", ".join(f"{value}" if layout == "all" else f"{value} for {layout}" for layout, value in known)
+            more = kind if isinstance(kind, dict) else {"type": kind} if callable(kind) else {"choices": kind}
             group.add_argument(f"--{name}", help=text + (f" (default: {shown})" if known else ""), **more)
     parser.add_argument("--version", action="version", version=__version__)
     return parser
