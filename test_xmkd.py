@@ -5,6 +5,8 @@ environment variable XMKD_TESTDATA names their folder, and skip elsewhere.
 """
 import ast
 import csv
+import functools
+import gzip
 import importlib.util
 import inspect
 import json
@@ -317,21 +319,22 @@ def test_spec_augment_masks_training_views_only():
 
 
 # ------------------------------------------------------------------------------------------------ 3. media
-def encode(path, seconds=2.0, fps=10, rate=16000, video=True, audio=True, tone=440.0, size=(48, 64)):
+def encode(path, seconds=2.0, fps=10, rate=16000, video=True, audio=True, tone=440.0, size=(48, 64), audio_seconds=None, every=1):
     """A clip whose frame k is grey 5 * k and whose sound is one tone; the container follows the extension."""
     with av.open(str(path), "w") as container:
-        codecs = {".avi": ("mpeg4", "mp3"), ".webm": ("libvpx-vp9", "libopus"), ".wav": (None, "pcm_s16le"), ".flac": (None, "flac")}
+        codecs = {".avi": ("mpeg4", "mp3"), ".webm": ("libvpx-vp9", "libopus"), ".mp3": (None, "mp3"), ".wav": (None, "pcm_s16le"), ".flac": (None, "flac")}
         v, a = codecs.get(Path(path).suffix, ("libx264", "aac"))
         vs = container.add_stream(v, rate=fps) if video and v else None
         as_ = container.add_stream(a, rate=rate, layout="mono") if audio and a else None
         if vs:
             vs.height, vs.width, vs.pix_fmt = *size, "yuv420p"
-            for k in range(round(seconds * fps)):
+            for k in range(0, round(seconds * fps), every):
                 frame = av.VideoFrame.from_ndarray(np.full((*size, 3), min(5 * k, 255), np.uint8), format="rgb24")
+                frame.pts = k
                 container.mux(vs.encode(frame))
             container.mux(vs.encode(None))
         if as_:
-            wave = (0.5 * np.sin(2 * np.pi * tone * np.arange(round(seconds * rate)) / rate) * 32767).astype(np.int16)
+            wave = (0.5 * np.sin(2 * np.pi * tone * np.arange(round((audio_seconds or seconds) * rate)) / rate) * 32767).astype(np.int16)
             for at in range(0, len(wave), 1024):
                 frame = av.AudioFrame.from_ndarray(wave[None, at:at + 1024], format="s16", layout="mono")
                 frame.sample_rate, frame.pts = rate, at
@@ -347,6 +350,24 @@ def test_decode_audio_gives_the_asked_range_as_mono_32_khz(tmp_path, name):
     assert whole.dtype == torch.float32 and whole.ndim == 1 and abs(len(whole) - 96000) < 5000 and len(part) == 32000
     assert torch.fft.rfft(part * torch.hann_window(32000)).abs().argmax().item() == 440       # bins are 1 Hz wide
     assert 0.4 < part.abs().max() < 0.6
+
+
+def test_gzipped_sound_decodes_and_empty_ranges_do_not(tmp_path):
+    wav, mp3 = encode(tmp_path / "a.wav"), encode(tmp_path / "a.mp3")
+    (tmp_path / "b.wav.gz").write_bytes(gzip.compress(Path(wav).read_bytes()))
+    assert torch.equal(xmkd.decode_audio(tmp_path / "b.wav.gz"), xmkd.decode_audio(wav))
+    packed = gzip.compress(Path(wav).read_bytes())
+    (tmp_path / "c.wav.gz").write_bytes(packed[:len(packed) // 3])
+    for call, reason in ((lambda: xmkd.decode_audio(tmp_path / "c.wav.gz"), "truncated|cannot be decoded"), (lambda: xmkd.decode_audio(mp3, 50, 60), "no audio between 50 and 60 s")):
+        with pytest.raises(xmkd.InputError, match=reason):
+            call()
+
+
+def test_streams_of_unequal_length_are_not_truncated_files(tmp_path):
+    path = encode(tmp_path / "a.mkv", seconds=4.0, audio_seconds=2.0)
+    assert len(xmkd.decode_audio(path)) == pytest.approx(64000, abs=3000) and len(xmkd.decode_video(path)) == 16
+    still = encode(tmp_path / "still.mp4", seconds=3.0, every=20)                    # frames at 0 and 2 s only
+    assert len(xmkd.decode_video(still, 0.0, 1.5)) == 6
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
@@ -380,7 +401,7 @@ def test_unusable_files_say_why(tmp_path):
                          (lambda: xmkd.decode_audio(tmp_path / "folder.mp4"), "not a regular file"),
                          (lambda: xmkd.decode_audio(tmp_path / "none.mp4"), "no such file"),
                          (lambda: xmkd.decode_audio(silent), "no audio stream"), (lambda: xmkd.decode_video(blind), "no video stream"),
-                         (lambda: xmkd.decode_audio(silent[:-10] + "good.wav", 9.0, 10.0), "truncated")):
+                         (lambda: xmkd.decode_audio(silent[:-10] + "good.wav", 9.0, 10.0), "no audio between 9 and 10 s")):
         with pytest.raises(xmkd.InputError, match=reason):
             call()
 
@@ -548,7 +569,7 @@ def test_windows_loop_and_spread():
 
 def demo_data(tmp_path, clips=12):
     every, classes = xmkd.demo_clips(tags=False)
-    load = lambda clip, kind: xmkd.demo_stream(clip, kind, "video", 3, 0.3, 0.2, 6.0, 24)
+    load = functools.partial(xmkd.demo_stream, student="video", seed=3, noise=0.3, mismatch=0.2, fps=6.0, side=24)
     store = xmkd.ClipStore(tmp_path, every[:clips], load, {"audio": 1, "video": 1})
     return xmkd.Data(store, classes, torch.tensor([c.labels[0] for c in every[:clips]]), list(range(clips - 2)), [clips - 2, clips - 1])
 
@@ -658,7 +679,7 @@ def test_each_task_runs_on_files_and_leaves_what_it_promises(tmp_path, media, ta
     assert xmkd.main([*TINY, "--task", task, "--data", str(media), "--teacher", "scratch", "--out", str(out), "--cache", str(media.parent / "cache")]) == 0
     results = json.loads((out / "results.json").read_text())
     assert {"task", "data", "method", "seed", "metrics", "teacher", "clips", "seconds"} <= results.keys()
-    assert set(results["metrics"]) == metrics | {"epoch"} and all(0 <= results["metrics"][m] <= 1 for m in metrics - {"d_prime"})
+    assert set(results["metrics"]) == metrics and results["epoch"] == 2 and all(0 <= results["metrics"][m] <= 1 for m in metrics - {"d_prime"})
     assert results["clips"] == {"train": 16, "eval": 6} and results["teacher"]["kind"] == "from scratch"
     assert list(csv.reader((out / "skipped.csv").open()))[1] == [str(media / "train/low/broken.mp4"), "empty file (0 bytes)"]
     assert [json.loads(line)["epoch"] for line in (out / "log.jsonl").read_text().splitlines()] == [2]
@@ -680,7 +701,7 @@ def test_compare_uses_one_teacher_and_prints_a_table(tmp_path, media, capsys):
     rows = {line.split()[0]: line for line in printed.out.splitlines() if line.strip()}
     assert all("±" in rows[method] for method in ("student", "mnf", "csc", "xmkd")) and "±" not in rows["teacher"].replace("teacher:", "")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [len(results["metrics"][m]) for m in ("teacher", "student", "mnf", "csc", "xmkd")] == [1, 2, 2, 2, 2] and results["warnings"]
+    assert [len(results["table"][m]) for m in ("teacher", "student", "mnf", "csc", "xmkd")] == [1, 2, 2, 2, 2] and results["warnings"]
     assert (tmp_path / "xmkd-s4" / "best.pt").exists()
 
 
@@ -732,7 +753,8 @@ def test_data_that_cannot_be_used_is_refused(tmp_path, media, capsys):
     def fails(says, *arguments):
         assert xmkd.main([*TINY, "--out", str(tmp_path / "out"), *arguments]) == 2
         assert re.search(says, capsys.readouterr().err)
-    root = audioset(tmp_path / "broken")
+    fails("split of .* is empty", "--data", str(audioset(tmp_path / "soundonly")))
+    root = audioset(tmp_path / "broken", files=["aaaaaaaaaa0.mp4", "bbbbbbbbbb0.mp4"])
     fails("unreadable, more than the share --max-skipped 0.2; the first: .*aaaaaaaaaa0", "--data", str(root))
     fails("several; use --task audio_tagging", "--data", str(root), "--task", "action_recognition")
     (tmp_path / "half" / "train" / "a").mkdir(parents=True)
@@ -808,7 +830,7 @@ def test_every_option_is_used_and_explained(capsys):
 
 def test_readme_commands_parse():
     text = (HERE / "README.md").read_text()
-    commands = [line.split("#")[0].strip() for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.S) for line in block.splitlines() if "python xmkd.py" in line]
+    commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if "python xmkd.py" in line]
     assert len(commands) >= 5
     for command in commands:
         xmkd.build_parser().parse_args(command.split("python xmkd.py", 1)[1].replace("\\", "").split())

@@ -12,10 +12,10 @@ modality with cross-modal context; Contrastive Semantic Calibration (CSC) distil
 
 The algorithm, numbered as in `train_step`; the teacher is frozen, one embedding a clip:
     1. student   map S, pooled p, logits       = student(view)
-    2. filter    gate g = sigmoid(W [t ; S]),  purified teacher t^ = g * t
-                 evidence s^ = attention(query t^, keys and values S),  y^ = classifier(s^)
+    2. filter    gate g = sigmoid(W2 relu(BN(W1 [t ; mean S]))),  purified teacher t^ = g * t
+                 evidence s^ = relu(BN(W3 attention(query t^, keys and values S))),  y^ = W4 s^
     3. trust     similarity_ij = cos(p_i, t^_j), a constant
-    4. L_filter  = CE(y^, y) + sparsity(W) + triplet(p, t, t^)                   trains the filter only
+    4. L_filter  = CE(y^, y) + sparsity(W2) + triplet(p, t, t^)                  trains the filter only
     5. L_student = CE(logits, y) + CSC(p, s^, temperature = similarity + offset)  trains student and filter
     6. Adam: student at lr, filter at 0.2 lr
 
@@ -36,6 +36,7 @@ import os
 import statistics
 import sys
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -74,13 +75,13 @@ def label_overlap(labels: Tensor) -> Tensor:
     """
     if labels.ndim == 1:
         return (labels[:, None] == labels[None, :]).float()
-    tags = labels.float()
+    tags = labels if labels.is_floating_point() else labels.float()
     shared = tags @ tags.T                                                    # (B, B) tags in common
     union = tags.sum(1)[:, None] + tags.sum(1)[None, :] - shared
     return torch.where(union > 0, shared / union.clamp_min(1), 1.0)
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, C) in nats, mean over clips; for multi-hot tags (B, C) binary cross-entropies, summed over tags.
+    """Cross-entropy of logits (B, C) in nats, mean over clips; for multi-hot tags (B, C) binary ones, summed over tags.
 
     The sum is ours: a mean over tags shrinks with C until CSC drowns it (demo: mAP 0.18 with the mean, 0.83 with the sum).
     """
@@ -127,7 +128,7 @@ class Filtered(NamedTuple):
     attention: Tensor  # (B, K) where the purified teacher looks on the student's map; rows sum to 1
 
 class ModalityNoiseFilter(nn.Module):
-    """MNF: gates the teacher by what the student sees, then asks the student's map with it. Authors' models/modality_noise_filter.py.
+    """MNF: gates the teacher by what the student sees, then asks the student's map with it (authors' module of that name).
 
     num_classes  C
     dim          D, channels of the student's map
@@ -161,7 +162,7 @@ def train_step(student: nn.Module, noise_filter: ModalityNoiseFilter | None, opt
     """One whole update; returns the detached loss terms as weighted in the sum. Numbers are the title page's.
 
     inputs (B, ...) for the student, teacher (B, D) embeddings, labels (B,) or (B, C); any float dtype.
-    method  "xmkd"; "mnf": constant temperature; "csc": contrast with the unfiltered teacher; "student": no distillation.
+    method  "xmkd"; "mnf": constant temperature; "csc": no filter, s^ = t^ = t; "student": no distillation.
     """
     student.train()
     features = student(inputs)                                                                        # 1. student
@@ -174,7 +175,7 @@ def train_step(student: nn.Module, noise_filter: ModalityNoiseFilter | None, opt
             purified, evidence = raw, raw
         else:
             purified, evidence, filter_logits, _, _ = noise_filter(teacher, features.map)             # 2. filter
-            weight = noise_filter.gated_feature_composer[3].weight        # only the last layer: as the released loop does
+            weight = noise_filter.gated_feature_composer[3].weight           # the last layer only, as the released loop
             filter_terms = {"filter_cls": classification_loss(filter_logits, labels),                 # 4. filter loss
                             "sparsity": sparsity * sparsity_loss(weight),
                             "triplet": triplet_loss(features.pooled, raw.detach(), purified, margin)}
@@ -183,7 +184,7 @@ def train_step(student: nn.Module, noise_filter: ModalityNoiseFilter | None, opt
             similarity = torch.zeros_like(similarity)
         student_terms["csc"] = csc_loss(features.pooled, evidence, similarity, labels, offset)        # 5. student loss
     optimizer.zero_grad(set_to_none=True)
-    if filter_terms:  # trains the filter only: a backward limited to its parameters equals a full one, thrown away in the student
+    if filter_terms:      # trains the filter only: the same as a whole backward pass whose student part is thrown away
         torch.stack(list(filter_terms.values())).sum().backward(inputs=list(noise_filter.parameters()), retain_graph=True)
     torch.stack(list(student_terms.values())).sum().backward()
     optimizer.step()                                                                                  # 6. Adam
@@ -221,7 +222,7 @@ class FactorisedConv3d(nn.Module):
         return self.temporal_conv(F.relu(self.bn(self.spatial_conv(x))))
 
 class VideoBlock(nn.Module):
-    """Residual block of two factorised 3x3x3 convolutions; `downsample` halves all three axes, its shortcut factorised too."""
+    """Residual block of two factorised 3x3x3 convolutions; `downsample` halves all axes, its shortcut is factorised too."""
 
     def __init__(self, c_in: int, c_out: int, downsample: bool = False) -> None:
         super().__init__()
@@ -276,8 +277,8 @@ class LogMel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mel = torchaudio.transforms.MelSpectrogram(32000, n_fft=1024, hop_length=320, f_min=50, f_max=14000, n_mels=64,
-                                                        norm="slaney", mel_scale="slaney")
+        self.mel = torchaudio.transforms.MelSpectrogram(32000, n_fft=1024, hop_length=320, f_min=50, f_max=14000,
+                                                        n_mels=64, norm="slaney", mel_scale="slaney")
         self.decibel = torchaudio.transforms.AmplitudeToDB("power")
 
     def forward(self, samples: Tensor) -> Tensor:
@@ -365,7 +366,7 @@ class Prepare(nn.Module):
 # ============================================== 3. Media (PyAV; opened and closed per call, one thread)
 @contextmanager
 def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """PyAV container of a local regular file, `.gz` included; what FFmpeg refuses becomes an InputError naming the file."""
+    """PyAV container of a local regular file, gzipped or not; what FFmpeg refuses is an InputError naming the file."""
     name = os.fspath(path)
     if not os.path.isfile(name):
         raise InputError(f"{name}: not a regular file" if os.path.exists(name) else f"{name}: no such file")
@@ -374,9 +375,9 @@ def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
     av.logging.set_level(None)                                                  # FFmpeg's own messages name no file
     try:
         with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
-            with av.open(file, metadata_errors="replace") as container:
+            with av.open(file, "r", metadata_errors="replace") as container:
                 yield container
-    except (av.error.FFmpegError, OSError, EOFError) as error:
+    except (av.error.FFmpegError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{name}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
 
 def open_stream(path: str | os.PathLike[str], container: Any, kind: str) -> Any:
@@ -388,7 +389,7 @@ def open_stream(path: str | os.PathLike[str], container: Any, kind: str) -> Any:
     return stream
 
 def timed_frames(container: Any, stream: Any, start: float, end: float | None) -> Iterator[tuple[float, Any]]:
-    """(seconds since the container's start, frame) from just before `start` up to `end`; damaged packets are dropped."""
+    """(seconds since the container's start, frame) from just before `start` to the first at `end`; damaged packets are dropped."""
     origin = (container.start_time or 0) / av.time_base
     if start > 0:
         try:
@@ -402,18 +403,22 @@ def timed_frames(container: Any, stream: Any, start: float, end: float | None) -
             continue
         for frame in frames:
             seconds = float(frame.time or 0.0) - origin
-            if end is not None and seconds >= end:
-                return
             yield seconds, frame
+            if end is not None and seconds >= end:                              # tells how long the one before is shown
+                return
 
-def check_length(path: str | os.PathLike[str], container: Any, stream: Any, start: float, end: float | None, got: float) -> None:
-    """Raises InputError where a header promises over 10 % (at least 0.3 s) more seconds than were decoded: a cut-off file."""
-    if container.format.name in ("mp3", "aac"):                                 # these have no header, only a guess
-        return
-    total = float(stream.duration * stream.time_base) if stream.duration else (container.duration or 0) / av.time_base
-    promised = min(total, end if end is not None else total) - start
-    if got <= 0 or got < promised - max(0.3, 0.1 * promised):
-        raise InputError(f"{os.fspath(path)}: truncated, {max(got, 0.0):.1f} of {max(promised, 0.0):.1f} s of {stream.type} decoded")
+def check_length(path: str | os.PathLike[str], container: Any, stream: Any, start: float, end: float | None,
+                 got: float) -> None:
+    """Raises InputError where the header promises over 10 % (at least 0.3 s) more than the seconds got: a cut-off file."""
+    hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")               # where Matroska keeps it
+    total = float(stream.duration * stream.time_base) if stream.duration else int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    if not total and len(container.streams) == 1:
+        total = (container.duration or 0) / av.time_base
+    promised = 0.0 if container.format.name in ("mp3", "aac") else min(total, end or total) - start    # those only guess it
+    if got <= 0:
+        raise InputError(f"{os.fspath(path)}: no {stream.type} between {start:g} and {'the end' if end is None else f'{end:g}'} s")
+    if got < promised - max(0.3, 0.1 * promised):
+        raise InputError(f"{os.fspath(path)}: truncated, {got:.1f} of {promised:.1f} s of {stream.type} decoded")
 
 def decode_audio(path: str | os.PathLike[str], start: float = 0.0, end: float | None = None, rate: int = 32000) -> Tensor:
     """Samples of the file's best audio stream between two times: (samples,) float32, mono, about -1..1.
@@ -443,7 +448,7 @@ def decode_video(path: str | os.PathLike[str], start: float = 0.0, end: float | 
                  size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the file's best video stream at a fixed rate: (T, 3, H, W) uint8 RGB, T = ceil(seconds * fps).
 
-    start, end  seconds on the file's own clock; end=None reads to its end.   fps  frame k is the one shown at start + k / fps.
+    start, end  seconds on the file's own clock; end=None reads to its end.   fps  frame k is shown at start + k / fps.
     size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1).
     Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
@@ -452,9 +457,10 @@ def decode_video(path: str | os.PathLike[str], start: float = 0.0, end: float | 
 
     def show(frame: Any) -> Any:
         turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4            # phones store the turn beside the picture
-        width, height = (size * min(max(side / min(frame.width, frame.height), 1), 4) for side in (frame.width, frame.height)) \
-            if isinstance(size, int) else size[::-1] if turns % 2 == 0 else size
-        image = reformatter.reformat(frame, round(width), round(height), "rgb24", threads=1).to_ndarray()
+        sides = (frame.width, frame.height)
+        target = [round(size * min(side / min(sides), 4)) for side in sides] if isinstance(size, int) else size[::-1]
+        target = target if isinstance(size, int) or turns % 2 == 0 else target[::-1]
+        image = reformatter.reformat(frame, *target, "rgb24", threads=1).to_ndarray()
         return np.rot90(image, turns).transpose(2, 0, 1)
 
     with open_media(path) as container:
@@ -485,16 +491,22 @@ def is_sound_only(path: str) -> bool:
     """True for the extensions that hold sound without picture."""
     return path.lower().endswith((".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".wav.gz"))
 
-def walk_media(root: str | os.PathLike[str]) -> list[str]:
-    """Paths of all media files under `root`, told by extension, sorted; linked folders are followed, each once."""
-    found, seen, pictures = [], set(), (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")
+def walk_files(root: str | os.PathLike[str]) -> Iterator[str]:
+    """Paths of the files under `root`, upper folders first; linked folders are followed, each once, hidden ones not."""
+    seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         here = os.stat(folder)
-        subfolders[:] = [] if (here.st_dev, here.st_ino) in seen else [s for s in subfolders if not s.startswith(".")]
-        found += [os.path.join(folder, f) for f in files if (here.st_dev, here.st_ino) not in seen
-                  and (is_sound_only(f) or f.lower().endswith(pictures)) and not f.startswith("._")]
+        if (here.st_dev, here.st_ino) in seen:
+            subfolders.clear()
+            continue
         seen.add((here.st_dev, here.st_ino))
-    return sorted(found)
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
+
+def walk_media(root: str | os.PathLike[str]) -> list[str]:
+    """Sorted paths of the media files under `root`, told by extension."""
+    pictures = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")
+    return sorted(path for path in walk_files(root) if is_sound_only(path) or path.lower().endswith(pictures))
 
 def nothing_found(listed: Sequence[str], media: Sequence[str], root: str | os.PathLike[str]) -> InputError:
     """The error for lists of which no clip has a file: shows three of each, so that the difference is seen."""
@@ -508,24 +520,27 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
 
     split    training list: "balanced", "unbalanced" or "all"; the eval list is always read.
     skipped  if given, gets (id, reason) of every listed clip without a file.
-    A file belongs to the 11-character id at the start of its name, after an optional prefix Y, v_, id_ or v; only listed ids
-    count, so layouts need not be known. Sound and picture may lie in two files. Raises InputError naming file and line.
+    A file belongs to the listed 11-character id at the start of its name, after an optional prefix Y, v_, id_ or v,
+    wherever it lies. Sound and picture may lie in two files. Raises InputError naming file and line.
     """
     skipped = [] if skipped is None else skipped
-    tables = sorted(p for p in Path(root).rglob("*.csv") if p.is_file())
-    labels_file = next((p for p in tables if p.name == "class_labels_indices.csv"), None)
+    tables = sorted(path for path in walk_files(root) if path.endswith(".csv"))
+    labels_file = next((path for path in tables if os.path.basename(path) == "class_labels_indices.csv"), None)
     if labels_file is None:
         raise InputError(f"no class_labels_indices.csv under {root}; AudioSet publishes it beside the segment lists")
-    with labels_file.open(newline="", encoding="utf-8-sig") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: int(row["index"]))
-    classes, index_of = [row["display_name"] for row in rows], {row["mid"]: i for i, row in enumerate(rows)}
+    try:
+        with open(labels_file, newline="", encoding="utf-8-sig") as file:
+            rows = sorted(csv.DictReader(file), key=lambda row: int(row["index"]))
+        classes, index_of = [row["display_name"] for row in rows], {row["mid"]: i for i, row in enumerate(rows)}
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(f"{labels_file}: expected UTF-8 with a header index,mid,display_name ({error!r})") from error
 
     listed: dict[str, tuple[str, float, float, tuple[int, ...]]] = {}
     for table in tables:
-        kind = next((k for k in ("unbalanced", "balanced", "eval") if k in table.name), "")
-        if not table.name.endswith("_segments.csv") or not kind or (kind != "eval" and split not in (kind, "all")):
+        kind = next((k for k in ("unbalanced", "balanced", "eval") if k in os.path.basename(table)), "")
+        if not table.endswith("_segments.csv") or not kind or (kind != "eval" and split not in (kind, "all")):
             continue
-        with table.open(newline="", encoding="utf-8-sig") as file:
+        with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
             for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
                 fields = [f for f in (field.strip(' "') for field in ",".join(row).split(",")) if f]
                 if not fields or fields[0].startswith("#"):
@@ -535,13 +550,13 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
                     if not (len(ytid) == 11 and 0 <= start < end < math.inf and mids):
                         raise ValueError
                 except (ValueError, IndexError):
-                    raise InputError(f"{table}:{number}: expected 'id, start, end, \"label,label\"' with 11 characters of id "
-                                     f"and 0 <= start < end, got {','.join(row)!r}; correct or remove the line") from None
+                    raise InputError(f"{table}:{number}: expected 'id, start, end, \"label,label\"' with 11 characters of "
+                                     f"id, 0 <= start < end, got {','.join(row)!r}; mend or remove the line") from None
                 if unknown := [mid for mid in mids if mid not in index_of]:
-                    raise InputError(f"{table}:{number}: unknown label {unknown[0]!r}; {labels_file} has {len(classes)} others")
+                    raise InputError(f"{table}:{number}: unknown label {unknown[0]!r}, it is not in {labels_file}")
                 labels = tuple(sorted({index_of[mid] for mid in mids}))
                 if ytid in listed:
-                    skipped.append((f"{ytid} ({table.name}:{number})", "listed twice; the first row counts"))
+                    skipped.append((f"{ytid} ({table}:{number})", "listed twice; the first row counts"))
                 listed.setdefault(ytid, ("eval" if kind == "eval" else "train", start, end, labels))
     sound: dict[str, str] = {}
     picture: dict[str, str] = {}
@@ -577,16 +592,15 @@ def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
     folders = {p.name.lower(): p for p in Path(root).iterdir() if p.is_dir()}
     lists = folders.get("ucftraintestlist", Path(root) / "ucfTrainTestlist")
     try:
-        names = [line.split()[-1] for line in (lists / "classInd.txt").read_text("utf-8-sig").splitlines() if line.strip()]
-        listed = [(part, line.split()[0]) for part, file in (("train", f"trainlist0{fold}.txt"), ("eval", f"testlist0{fold}.txt"))
-                  for line in (lists / file).read_text("utf-8-sig").splitlines() if line.strip()]
+        names, train, evaluation = ((lists / name).read_text("utf-8-sig").splitlines() for name in
+                                    ("classInd.txt", f"trainlist0{fold}.txt", f"testlist0{fold}.txt"))
     except OSError as error:
-        raise InputError(f"{error.filename} is missing; ucfTrainTestlist needs classInd.txt, trainlist0{fold}.txt and "
-                         f"testlist0{fold}.txt (--fold 1, 2 or 3)") from None
-    classes = sorted((name for name in names if name.lower() in with_sound), key=str.lower)
+        raise InputError(f"{error.filename} is missing; it is part of UCF-101's train/test lists (--fold 1, 2 or 3)") from None
+    listed = [(part, line.split()[0]) for part, lines in (("train", train), ("eval", evaluation)) for line in lines if line.strip()]
+    classes = sorted(line.split()[-1] for line in names if line.strip() and line.split()[-1].lower() in with_sound)
     index_of = {name.lower(): i for i, name in enumerate(classes)}
     media = walk_media(folders.get("ucf-101", Path(root)))
-    file_of = {Path(path).stem.lower(): path for path in media}
+    file_of = {Path(path).stem.lower(): path for path in media if not is_sound_only(path)}
     clips = []
     for part, entry in listed:
         folder, stem = entry.split("/")[0].lower(), Path(entry).stem
@@ -601,7 +615,8 @@ def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
         raise nothing_found([entry for _, entry in listed], media, root)
     return clips, classes
 
-def read_folder(root: str | os.PathLike[str], skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
+def read_folder(root: str | os.PathLike[str],
+                skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """A folder of folders: `train/<label>/*` and `val/<label>/*`, one label a clip -> clips and sorted class names."""
     skipped = [] if skipped is None else skipped
     found: list[tuple[str, str, str]] = []                                       # (split, label, path)
@@ -622,7 +637,7 @@ def read_folder(root: str | os.PathLike[str], skipped: list[tuple[str, str]] | N
 def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] | int = 128) -> Tensor:
     """One stream of a clip: "audio" -> (samples,) float32 at 32 kHz, "video" -> (T, 3, H, W) uint8. Raises InputError.
 
-    The file may be the whole video or already cut; its duration decides: cut where it cannot hold the listed times.
+    The file may be the whole video or already cut: cut where its duration is nearer to the segment's than to its end.
     """
     path, start, end = clip.audio if kind == "audio" else clip.video, clip.start, clip.end
     if path is None:
@@ -630,14 +645,14 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
     if start > 0 and end is not None:
         with open_media(path) as container:
             duration = (container.duration or 0) / av.time_base
-        if duration < end - 0.5 or duration <= end - start + 0.5:
+        if 0 < duration <= end - start + 0.5 or (0 < duration < end and duration + start < 2 * end - duration):
             start, end = 0.0, end - start
     return decode_audio(path, start, end) if kind == "audio" else decode_video(path, start, end, fps, size)
 
 
 # ============================================== 5. Demo data (made from the seed; no files)
 def demo_clips(tags: bool, train: int = 480, evaluation: int = 240) -> tuple[list[Clip], list[str]]:
-    """One-second clips of ten events: five kinds (shape, pitch) in two ways (motion, glide); with `tags` 40 % hold two."""
+    """One-second clips of ten events, five kinds (shape, pitch) in two ways (motion, glide); with `tags` 40 % hold two."""
     kinds, ways = ("disc", "ring", "square", "cross", "bar"), ("sideways and falling", "upright and rising")
     rng, clips = np.random.default_rng(0), []
     for i in range(train + evaluation):
@@ -693,7 +708,7 @@ def demo_stream(clip: Clip, kind: str, student: str, seed: int, noise: float, mi
     shown, mixed = (clip.labels, []) if kind == student else demo_truth(clip, seed, noise, mismatch)
     events = [(event, 1.0) for event in shown] + [(event, 0.6) for event in mixed]
     if kind == "audio":
-        return demo_sound(events, rng.uniform(-14, 0) if kind == student else rng.uniform(3, 12), rng)
+        return demo_sound(events, rng.uniform(-18, -3) if kind == student else rng.uniform(3, 12), rng)
     contrast = rng.uniform(0.15, 0.5) if kind == student else rng.uniform(0.7, 1.0)
     return demo_picture(events, contrast, rng, max(1, round(fps)), side)
 
@@ -729,7 +744,8 @@ class ClipStore(Dataset[Any]):
         for clip in clips:
             for kind, path in (("audio", clip.audio), ("video", clip.video)):
                 stat = os.stat(path) if path and os.path.exists(path) else None
-                name = digest(__version__, kind, clip, stat and (stat.st_size, stat.st_mtime_ns), depends[kind])
+                source = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, *clip[-2:]) if path and stat else clip
+                name = digest(__version__, kind, source, depends[kind])
                 self.files[kind].append(str(folder / "clips" / name[:2] / f"{name}.pt"))
 
     def stream(self, i: int, kind: str) -> tuple[Tensor, ...]:
@@ -741,8 +757,8 @@ class ClipStore(Dataset[Any]):
                 decoded = self.load(self.clips[i], kind)
                 pcm = ((decoded.clamp(-1, 1) * 32767).round().to(torch.int16),) if kind == "audio" else None
                 content = pcm or pack_frames(decoded)
-            except InputError as error:
-                content = str(error)                                    # kept, so that it is not tried again
+            except Exception as error:                                  # whatever it is, the clip cannot be used
+                content = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             file.parent.mkdir(parents=True, exist_ok=True)
             save(file, content)
         content = torch.load(file, mmap=True, weights_only=True)
@@ -751,7 +767,7 @@ class ClipStore(Dataset[Any]):
         return tuple(content)
 
     def __getitem__(self, job: tuple[int, Sequence[str]]) -> tuple[int, int, str]:
-        """Job (clip, kinds): decodes what is not there yet -> (clip, length of the first kind, why it is unusable or "")."""
+        """Job (clip, kinds): decodes what is not there yet -> (clip, length of the first kind, reason if unusable)."""
         try:
             return job[0], [len(self.stream(job[0], kind)[-1]) for kind in job[1]][0], ""
         except InputError as error:
@@ -802,7 +818,7 @@ class Views(Dataset[Any]):
         steps: list[Any] = [v2.Grayscale(3)] if spec.strong else []
         if protocol == "train":
             steps += [v2.RandomInvert(0.5), v2.RandomRotation(15)] if spec.strong else []
-            steps += [v2.RandomResizedCrop(spec.size, scale=(spec.crop_area, 1.0)), v2.RandomHorizontalFlip(spec.flip / 2)]
+            steps += [v2.RandomResizedCrop(spec.size, (spec.crop_area, 1.0)), v2.RandomHorizontalFlip(spec.flip / 2)]
         else:
             steps += [v2.Resize(spec.size), v2.CenterCrop(spec.size)]
         self.transform: Any = v2.Compose(steps)
@@ -830,7 +846,7 @@ class Views(Dataset[Any]):
         return torch.stack([self.cut(stream, window) for window in windows or sliding_windows(n, size, size)]),
 
 class EpochBatches(Sampler[Any]):
-    """Shuffled batches of (clip, view seed), given by seed and `epoch` alone; a last batch of one joins the one before."""
+    """Shuffled batches of (clip, view seed), given by seed and `epoch`; a last batch of one joins the one before."""
 
     def __init__(self, clips: Sequence[int], batch_size: int, seed: int) -> None:
         self.clips, self.batch_size, self.seed, self.epoch = list(clips), batch_size, seed, 0
@@ -871,7 +887,7 @@ class Data(NamedTuple):
 
 # ============================================== 7. Metrics (fractions in 0..1)
 def ranked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each class sorted by falling score: hits 0/1 float64, 1-based rank of the first and of the last item of each tie. (N, C)."""
+    """Each class by falling score: hits 0/1 float64, 1-based ranks of the first and the last item of each tie; (N, C)."""
     order = scores.argsort(0, descending=True)
     values, hits = scores.gather(0, order), labels.double().gather(0, order)
     n = len(scores)
@@ -890,17 +906,17 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     hits, _, last = ranked(scores, labels)
     totals, found = hits.sum(0), hits.cumsum(0).gather(0, last - 1)
     if not bool((totals > 0).any()):
-        raise ValueError(f"mAP needs a class with a positive; none of {labels.shape[1]} classes has one in {len(labels)} clips")
+        raise ValueError(f"mAP needs a positive; none of {labels.shape[1]} classes has one in {len(labels)} clips")
     precision = (hits * found / last).sum(0) / totals.clamp_min(1)
     return float(precision[totals > 0].mean())
 
 def mean_auc(scores: Tensor, labels: Tensor) -> float:
-    """Macro area under the ROC curve: scores, labels (N, C) -> mean over classes with a positive and a negative; nan if none."""
+    """Macro area under the ROC curve: scores, labels (N, C) -> mean over classes with both kinds of label; nan if none."""
     scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
     hits, first, last = ranked(scores, labels)
     n, positives = len(scores), hits.sum(0)
     negatives = n - positives
-    ordered = (hits * (n - (first + last) / 2)).sum(0) - positives * (positives - 1) / 2   # (positive above negative) pairs
+    ordered = (hits * (n - (first + last) / 2)).sum(0) - positives * (positives - 1) / 2    # positives above negatives
     return float((ordered / (positives * negatives))[(positives > 0) & (negatives > 0)].mean())
 
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -910,11 +926,11 @@ def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
 
 def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor, gallery_labels: Tensor,
                       ks: Sequence[int] = (1, 5, 10, 20, 50), topk: int = 500) -> dict[str, float]:
-    """Retrieval by cosine: queries (Q, D), gallery (G, D), labels (Q,), (G,); an item is relevant if its label is the query's.
+    """Retrieval by cosine: queries (Q, D), gallery (G, D), labels (Q,), (G,); relevant are items of the query's label.
 
     R@k             share of queries with a relevant item among the k nearest
-    mAP             average precision over the full ranking, mean over all queries; a query without relevant items counts 0
-    mAP_released    the released scripts': ranking cut at `topk`, divided by the hits inside, queries without a hit left out
+    mAP             average precision over the full ranking, mean over all queries; one without relevant items counts 0
+    mAP_released    the released scripts': cut at `topk`, divided by the hits inside, queries without a hit left out
     """
     gallery = F.normalize(torch.as_tensor(gallery), dim=1)
     first_hits, precisions, released = [], [], []
@@ -929,10 +945,11 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor, ga
     first_hit = torch.cat(first_hits)
     result = {f"R@{k}": float((first_hit < k).double().mean()) for k in ks}
     shown = torch.cat(released)
-    return {**result, "mAP": float(torch.cat(precisions).mean()), "mAP_released": float(shown.mean()) if len(shown) else 0.0}
+    result["mAP"] = float(torch.cat(precisions).mean())
+    return {**result, "mAP_released": float(shown.mean()) if len(shown) else 0.0}
 
 def score(task: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """A task's metrics from probabilities (N, C). d' = sqrt(2) * probit(mean AUC), the AUC kept 1e-9 away from 0 and 1."""
+    """A task's metrics from probabilities (N, C). d' = sqrt(2) * probit(mean AUC), the AUC kept 1e-9 off 0 and 1."""
     if task != "audio_tagging":
         return {"top1": topk_accuracy(scores, labels, 1), "top5": topk_accuracy(scores, labels, 5)}
     auc = mean_auc(scores, labels)
@@ -942,7 +959,7 @@ def score(task: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 # ============================================== 8. Training and evaluation
 STUDENT_KIND = {"audio_tagging": "audio", "action_recognition": "video", "video_retrieval": "video"}
-CHECK_METRIC = {"audio_tagging": "mAP", "action_recognition": "top1", "video_retrieval": "top1"}     # picks the best epoch
+CHECK_METRIC = {"audio_tagging": "mAP", "action_recognition": "top1", "video_retrieval": "top1"}  # picks best.pt
 METHODS = ("student", "mnf", "csc", "xmkd")
 
 @torch.no_grad()
@@ -961,12 +978,12 @@ def predict(network: nn.Module, loader: Any, prepare: Prepare, several_tags: boo
     network.train(modes[0]), prepare.train(modes[1])
     return torch.stack(scores), torch.stack(pooled)
 
-def final_metrics(network: nn.Module, data: Data, spec: ViewSpec, settings: dict[str, Any],
-                  prepare: Prepare) -> dict[str, float]:
+def final_metrics(network: nn.Module, data: Data, spec: ViewSpec, settings: dict[str, Any], prepare: Prepare,
+                  progress: Callable[[int, int], None]) -> dict[str, float]:
     """The task's final protocol: consecutive windows of every clip; for retrieval, training clips are the gallery."""
     def run(clips: list[int]) -> tuple[Tensor, Tensor]:
         loader = data.loader(clips, spec, "test", settings["batch_size"], settings["workers"])
-        return predict(network, loader, prepare, data.labels.ndim == 2)
+        return predict(network, loader, prepare, data.labels.ndim == 2, progress)
     scores, queries = run(data.eval)
     metrics = score(settings["task"], scores, data.labels[data.eval])
     if settings["task"] != "video_retrieval":
@@ -977,36 +994,41 @@ def fit(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSp
         console: Console) -> tuple[nn.Module, Prepare]:
     """Trains one network by one method; config.json, log.jsonl, best.pt and last.pt lie in `out` when it returns.
 
-    An epoch depends on seed and epoch number only (order, views, SpecAugment), so a run can be taken up after any of them.
+    An epoch's order, views and SpecAugment depend on seed and epoch alone, so a run can be taken up after any of them.
     """
     task, epochs, device, begun = settings["task"], settings["epochs"], torch.device(settings["device"]), time.time()
     torch.manual_seed(seed)
     sizes = {"kind": spec.kind, "num_classes": len(data.classes), "width": settings["width"]}
     network, prepare, noise_filter = make_network(**sizes).to(device), Prepare(settings["spec_augment"]).to(device), None
     if teacher is not None:
-        noise_filter = ModalityNoiseFilter(len(data.classes), 8 * settings["width"], teacher_dim=teacher.shape[1]).to(device)
+        noise_filter = ModalityNoiseFilter(len(data.classes), 8 * settings["width"], 2, teacher.shape[1]).to(device)
     optimizer = make_optimizer(network, noise_filter, settings["lr"], settings["weight_decay"])
     rates, first, best = [group["lr"] for group in optimizer.param_groups], 1, -1.0
     about = {"task": task, "method": method, "seed": seed, "classes": data.classes, "network": sizes, "settings": settings,
              "versions": {"xmkd": __version__, "torch": str(torch.__version__), "av": av.__version__}}
+    name = method if spec.kind == STUDENT_KIND[task] else "teacher"                           # a teacher's folder is keyed
     if settings["resume"] and (out / "last.pt").exists():
         saved = load_checkpoint(out / "last.pt")
-        for name in settings.keys() - RUN_OPTIONS:
-            if saved["settings"].get(name) != settings[name]:
-                raise InputError(f"--resume: {name} was {saved['settings'].get(name)!r} in {out / 'last.pt'} and is "
-                                 f"{settings[name]!r} now; pass the old value or another --out")
+        pairs = {k: (saved[k], about[k]) for k in ("method", "seed", "classes", "network")} if name == method else {}
+        pairs.update({k: (saved["settings"].get(k), settings[k]) for k in settings.keys() - RUN_OPTIONS if name == method})
+        for key, (old, new) in pairs.items():
+            if old != new:
+                raise InputError(f"--resume: {key} was {old!r} in {out / 'last.pt'} and is {new!r} now; pass the old value "
+                                 "or another --out")
         network.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])
         if noise_filter is not None:
             noise_filter.load_state_dict(saved["filter"])
         begun, first, best = begun - saved["seconds"], saved["epoch"] + 1, saved["best"]
+        rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
+        (out / "log.jsonl").write_text("".join(row for row in rows if json.loads(row)["epoch"] < first))
     else:
         out.mkdir(parents=True, exist_ok=True)
         (out / "log.jsonl").write_text("")
     save(out / "config.json", about)
     options = (settings["batch_size"], settings["workers"])
-    loader, checks = data.loader(data.train, spec, "train", *options, seed, teacher), data.loader(data.eval, spec, "val", *options)
-    name = method if spec.kind == STUDENT_KIND[task] else "teacher"
+    loader = data.loader(data.train, spec, "train", *options, seed, teacher)
+    checks = data.loader(data.eval, spec, "val", *options)
     progress = console.progress(f"{name} ({spec.kind}), seed {seed}")
     for epoch in range(first, epochs + 1):
         for group, rate in zip(optimizer.param_groups, rates):
@@ -1018,9 +1040,9 @@ def fit(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSp
             views, labels, embedding = (x.to(device, non_blocking=True) for x in (views, labels, embedding))
             terms = train_step(network, noise_filter, optimizer, prepare(views), embedding, labels, settings["csc_offset"],
                                settings["margin"], settings["sparsity"], method)
-            sums = {name: sums.get(name, 0.0) + value for name, value in terms.items()}
+            sums = {term: sums.get(term, 0.0) + value for term, value in terms.items()}
             progress((epoch - first) * len(loader) + step, (epochs - first + 1) * len(loader))
-        losses = {name: float(value) / len(loader) for name, value in sums.items()}
+        losses = {term: float(value) / len(loader) for term, value in sums.items()}
         if not all(map(math.isfinite, losses.values())):
             raise InputError(f"the loss is not finite in epoch {epoch}: {losses}; lower --lr. Checkpoints are as before")
         content = {**about, "epoch": epoch, "seconds": time.time() - begun, "student": network.state_dict(),
@@ -1047,9 +1069,9 @@ def train_student(method: str, seed: int, data: Data, teacher: Tensor | None, sp
     for name in ("last", "best"):
         saved = load_checkpoint(out / f"{name}.pt")
         network.load_state_dict(saved["student"])
-        finals[name] = {**final_metrics(network, data, spec, settings, prepare), "epoch": saved["epoch"]}
+        finals[name] = final_metrics(network, data, spec, settings, prepare, console.progress(f"{method}: evaluation"))
     return {"task": settings["task"], "data": settings["data"], "method": method, "seed": seed, "metrics": finals["best"],
-            "metrics_last": finals["last"], "clips": {"train": len(data.train), "eval": len(data.eval)},
+            "epoch": saved["epoch"], "metrics_last": finals["last"], "clips": {"train": len(data.train), "eval": len(data.eval)},
             "seconds": round(time.time() - begun, 1)}
 
 
@@ -1073,7 +1095,7 @@ class KineticsTeacher(nn.Module):
 
 def make_teacher(data: Data, spec: ViewSpec, settings: dict[str, Any], folder: Path,
                  console: Console) -> tuple[nn.Module, dict[str, Any]]:
-    """The network behind --teacher -> (network, what it is): a checkpoint, the public pretrained one, or one from scratch.
+    """The network behind --teacher -> (network, what it is): a checkpoint, or one trained from scratch.
 
     From scratch: trained with augmentation on nine tenths of the training clips; the epoch that does best on the held-out
     tenth is kept, because a network that has memorised its clips embeds their labels, not the clips.
@@ -1087,14 +1109,6 @@ def make_teacher(data: Data, spec: ViewSpec, settings: dict[str, Any], folder: P
         network = make_network(**saved["network"])
         network.load_state_dict(saved["student"])
         return network, {"kind": f"checkpoint {choice}", "same_classes": saved["classes"] == data.classes}
-    if choice == "auto" and settings["data"] != "demo":
-        reason = "torchaudio has no pretrained tagging network"
-        if spec.kind == "video":
-            try:
-                return KineticsTeacher(console.terminal), {"kind": "torchvision r2plus1d_18, Kinetics-400"}
-            except OSError as error:
-                reason = f"torchvision's r2plus1d_18 cannot be downloaded ({error})"
-        console.warn(f"{reason}; the teacher is trained from scratch and weaker for it; --teacher FILE takes a better one")
     shuffle = torch.Generator().manual_seed(settings["seed"])
     order = [data.train[i] for i in torch.randperm(len(data.train), generator=shuffle)]
     held, seen = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
@@ -1103,43 +1117,49 @@ def make_teacher(data: Data, spec: ViewSpec, settings: dict[str, Any], folder: P
     network, prepare = fit("student", settings["seed"], data._replace(train=seen, eval=held), None, spec, own, folder, console)
     saved, metric = load_checkpoint(folder / "best.pt"), CHECK_METRIC[task]
     network.load_state_dict(saved["student"])
-    known = final_metrics(network, data._replace(eval=seen[:len(held)]), spec, own, prepare)
+    known = final_metrics(network, data._replace(eval=seen[:len(held)]), spec, own, prepare, console.progress("teacher"))
     console.say(f"teacher {metric} {saved['metrics'][metric]:.3f} on {len(held)} training clips that it has not seen, "
                 f"{known[metric]:.3f} on as many that it has; epoch {saved['epoch']} of {own['epochs']}")
     return network, {"kind": "from scratch", "same_classes": True, "epoch": saved["epoch"], "held_out": saved["metrics"],
-                     "trained_on": known, "warnings": list(console.warnings)}
+                     "trained_on": known}
 
 def embed_clips(data: Data, spec: ViewSpec, settings: dict[str, Any], cache: Path,
                 console: Console) -> tuple[Tensor, dict[str, Any]]:
     """Teacher embeddings of the training clips (N, D), zeros elsewhere, and what the teacher is; kept in `cache`."""
-    choice = settings["teacher"]
+    choice, network = settings["teacher"], None
+    if choice == "auto" and settings["data"] != "demo":
+        reason = "torchaudio has no pretrained tagging network"
+        if spec.kind == "video":
+            try:
+                network, info = KineticsTeacher(console.terminal), {"kind": "torchvision r2plus1d_18, Kinetics-400"}
+            except (OSError, RuntimeError) as error:                    # no network, or half a download
+                reason = f"torchvision's r2plus1d_18 cannot be had ({error})"
+        if network is None:
+            console.warn(f"{reason}; the teacher is trained from scratch and weaker for it; --teacher FILE takes a better one")
     if choice not in ("auto", "scratch"):
-        load_checkpoint(choice)                                         # refuses what is none, before it is hashed
         choice = hashlib.sha256(Path(choice).read_bytes()).hexdigest()
-    names = ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")
-    files = [data.store.files[spec.kind][i] for i in data.train]
-    folder = cache / f"teacher-{digest(choice, spec, [settings[k] for k in names], files, data.classes)}"
-    if (folder / "embeddings.pt").exists():
-        saved = torch.load(folder / "embeddings.pt", weights_only=True)
-        for text in saved["info"].get("warnings", []):
-            console.warn(text)
-        return saved["embeddings"], saved["info"]
-    folder.mkdir(parents=True, exist_ok=True)
-    network, info = make_teacher(data, spec, settings, folder, console)
-    network, prepare = network.to(settings["device"]), Prepare().to(settings["device"])
+    needs = [settings[k] for k in ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")]
+    files = [data.store.files[spec.kind][i] for i in data.train], [data.store.files[spec.kind][i] for i in data.eval]
+    labels = [data.store.clips[i].labels for i in data.train]
+    folder = cache / f"teacher-{digest(info if network else choice, spec, needs, files, labels, data.classes)}"
+    if not (folder / "embeddings.pt").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        if network is None:
+            network, info = make_teacher(data, spec, settings, folder, console)
+        network, prepare = network.to(settings["device"]), Prepare().to(settings["device"])
 
-    def run(clips: list[int]) -> tuple[Tensor, Tensor]:
-        loader = data.loader(clips, spec, "test", settings["batch_size"], settings["workers"])
-        return predict(network, loader, prepare, data.labels.ndim == 2, console.progress("teacher embeddings"))
-    pooled = run(data.train)[1]
-    embeddings = torch.zeros(len(data.store.clips), pooled.shape[1])
-    embeddings[data.train] = pooled
-    if info.pop("same_classes", False):                                 # then it has a score on the evaluation clips
-        jobs = [(i, (spec.kind,)) for i in data.eval]
-        shared = [i for i, n, _ in data.store.decode(jobs, settings["workers"], console.progress("decoding")) if n]
-        info["metrics"] = score(settings["task"], run(shared)[0], data.labels[shared]) if shared else {}
-    save(folder / "embeddings.pt", {"embeddings": embeddings, "info": info})
-    return embeddings, info
+        def run(clips: list[int]) -> tuple[Tensor, Tensor]:
+            loader = data.loader(clips, spec, "test", settings["batch_size"], settings["workers"])
+            return predict(network, loader, prepare, data.labels.ndim == 2, console.progress("teacher embeddings"))
+        if info.pop("same_classes", False):                             # then it has a score on the evaluation clips
+            jobs = [(i, (spec.kind,)) for i in data.eval]
+            shared = [i for i, n, _ in data.store.decode(jobs, settings["workers"], console.progress("decoding")) if n]
+            info["metrics"] = score(settings["task"], run(shared)[0], data.labels[shared]) if shared else {}
+        save(folder / "embeddings.pt", {"pooled": run(data.train)[1], "info": info})
+    saved = torch.load(folder / "embeddings.pt", weights_only=True)
+    embeddings = torch.zeros(len(data.store.clips), saved["pooled"].shape[1])
+    embeddings[data.train] = saved["pooled"]
+    return embeddings, saved["info"]
 
 
 # ============================================== 10. Run support
@@ -1210,7 +1230,7 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # defaul
             "workers": min(8, (os.cpu_count() or 2) // 2), "quiet": False},
     "audioset": {"epochs": 60},                                         # about the updates of UCF51's recipe
     "demo": {"epochs": 15, "teacher_epochs": 20, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
-             "fps": 4.0, "crop_area": 0.7},
+             "crop_area": 0.7, "csc_offset": 0.3},
 }
 RUN_OPTIONS = {"out", "cache", "eval", "resume", "workers", "device", "quiet", "compare", "method", "seeds", "seed", "epochs",
                "max_skipped"}                                           # what a checkpoint may differ in and be resumed
@@ -1306,7 +1326,7 @@ def find_layout(root: str) -> str:
     inside = {name.lower() for name in os.listdir(root)}
     if "ucftraintestlist" in inside:
         return "ucf101"
-    if next(Path(root).rglob("class_labels_indices.csv"), None):
+    if any(os.path.basename(path) == "class_labels_indices.csv" for path in walk_files(root)):
         return "audioset"
     if {"train", "val"} & inside:
         return "folder"
@@ -1325,14 +1345,20 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     else:
         clips, classes = read_ucf101(root, settings["fold"], skipped) if layout == "ucf101" else read_folder(root, skipped)
     parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
-    clips = [clip for clip in clips if clip.split in parts]
-    for part in parts:
-        if not any(clip.split == part for clip in clips):
-            raise InputError(f"the {part} split of {root} is empty: no listed clip of it has a file")
     # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
     student, side = STUDENT_KIND[task], round(settings["size"] * 128 / 112)   # 112 is cropped from a shorter side of 128
     both, alone = ("audio", "video"), (student,)
-    needs = {"train": alone if evaluating else both, "eval": both if layout == "ucf101" and not evaluating else alone}
+    needs = {"train": alone if evaluating and layout != "ucf101" else both, "eval": both if layout == "ucf101" else alone}
+    listed = len(clips) + sum(reason.startswith("missing") for _, reason in skipped)
+    lacking = [clip for clip in clips for kind in needs[clip.split] if not (clip.audio if kind == "audio" else clip.video)]
+    skipped += [(clip.audio or clip.id, "missing: no file with the other stream") for clip in lacking]
+    clips = [clip for clip in clips if clip.split in parts and clip not in set(lacking)]
+    counts = {part: sum(clip.split == part for clip in clips) for part in parts}
+    console.say(f"data    {root} ({layout}): {len(classes)} classes, {listed:,} clips listed; with all their files: "
+                + ", ".join(f"{count:,} for {part}" for part, count in counts.items()))
+    for part, count in counts.items():
+        if not count:
+            raise InputError(f"the {part} split of {root} is empty: no listed clip of it has its files")
     load: Any = partial(load_stream, fps=settings["fps"], size=side)
     depends: dict[str, Any] = {"audio": [], "video": [settings["fps"], side]}
     if layout == "demo":
@@ -1343,15 +1369,16 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     done = store.decode(jobs, settings["workers"], console.progress("decoding"))
     bad = {i: reason for i, _, reason in done if reason}
     longest = max((n for i, n, _ in done if needs[clips[i].split][0] == "audio"), default=0) / 32000
-    settings["seconds"] = min(settings["seconds"], max(longest, 0.4) if longest else math.inf)
-    missing = sum(reason.startswith("missing") for _, reason in skipped)
-    skipped += [(clips[i].audio or clips[i].id, reason.removeprefix(f"{clips[i].audio}: ")) for i, reason in bad.items()]
+    if longest and not evaluating:
+        settings["seconds"] = min(settings["seconds"], max(longest, 0.4))
+    for i, reason in bad.items():
+        path = next((path for path in (clips[i].video, clips[i].audio) if path and reason.startswith(f"{path}: ")), None)
+        skipped.append((path or clips[i].audio or clips[i].id, reason.removeprefix(f"{path}: ")))
     with (out / "skipped.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "reason"), *skipped])
     train, evaluation = ([i for i, c in enumerate(clips) if c.split == part and i not in bad] for part in ("train", "eval"))
-    console.say(f"data    {root} ({layout}): {len(classes)} classes, {len(train):,} training and {len(evaluation):,} evaluation "
-                f"clips; found {len(clips):,} of {len(clips) + missing:,} listed ({len(clips) / (len(clips) + missing):.1%}), "
-                f"{len(bad):,} of them unreadable; {len(skipped):,} left out in all: {out / 'skipped.csv'}")
+    console.say(f"        {len(train):,} training and {len(evaluation):,} evaluation clips; {len(bad):,} cannot be decoded; "
+                f"{len(skipped):,} left out in all, see {out / 'skipped.csv'}")
     if len(bad) > settings["max_skipped"] * len(clips):
         raise InputError(f"{len(bad)} of {len(clips)} clips are unreadable, more than the share --max-skipped "
                          f"{settings['max_skipped']:g}; the first: {next(iter(bad.values()))}")
@@ -1390,10 +1417,16 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     settings = {**RECIPES["all"], **RECIPES.get(layout, {}), **inherited, **given}
     if settings["device"] == "auto":
         settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=settings["device"])
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {settings['device']} cannot be used: {str(error).splitlines()[0]}") from error
     default = "student,xmkd" if layout == "demo" and "method" not in given else given.get("method", "xmkd")
     methods = given.get("compare", default).split(",")
-    if unknown := next((method for method in methods if method not in METHODS), None):
-        raise InputError(f"--compare {given['compare']}: {unknown!r} is no method; choose from {', '.join(METHODS)}")
+    if unknown := next((method for method in methods if method not in METHODS or methods.count(method) > 1), None):
+        raise InputError(f"--compare {given['compare']}: {unknown!r} is no method or there twice; choose from {', '.join(METHODS)}")
+    if settings["teacher"] not in ("auto", "scratch"):
+        load_checkpoint(settings["teacher"])                            # refused now rather than after decoding
     return layout, methods, settings
 
 def run(given: dict[str, Any]) -> None:
@@ -1404,19 +1437,22 @@ def run(given: dict[str, Any]) -> None:
     label = "eval" if saved else methods[0] if len(methods) == 1 else "compare"
     source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
     out = Path(settings.get("out", f"runs/{task}-{source}-{label}-s{first}"))
-    cache = Path(settings.get("cache", out / "cache"))
+    beside = Path(given.get("eval", "")).parent / "cache"                # an evaluated run has decoded its clips already
+    cache = Path(settings.get("cache", beside if saved and beside.exists() else out / "cache"))
     out.mkdir(parents=True, exist_ok=True)
     data = open_data(layout, settings, cache, out, console)
     spec = ViewSpec(kind, settings["frames"], settings["size"], round(settings["seconds"] * 32000), settings["crop_area"],
                     settings["flip"], settings["strong"])
     if saved:
+        if saved["network"]["kind"] != kind:
+            raise InputError(f"--eval {given['eval']} is a teacher, a network for {saved['network']['kind']}; give a student's")
         if data.classes != saved["classes"]:
             raise InputError(f"--eval {given['eval']} knows {len(saved['classes'])} classes ({', '.join(saved['classes'][:3])}, "
                              f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); they must "
                              "be the same")
         network, prepare = make_network(**saved["network"]).to(settings["device"]), Prepare().to(settings["device"])
         network.load_state_dict(saved["student"])
-        metrics = final_metrics(network, data, spec, settings, prepare)
+        metrics = final_metrics(network, data, spec, settings, prepare, console.progress("evaluation"))
         save(out / "results.json", {"task": task, "data": settings["data"], "method": saved["method"], "seed": saved["seed"],
                                     "metrics": metrics, "teacher": None, "clips": {"eval": len(data.eval)},
                                     "seconds": round(time.time() - begun, 1), "checkpoint": given["eval"]})
@@ -1436,8 +1472,9 @@ def run(given: dict[str, Any]) -> None:
             save(folder / "results.json", results)
             rows.setdefault(method, []).append(results["metrics"])
     if len(methods) > 1 or settings["seeds"] > 1:
-        save(out / "results.json", {**results, "method": label, "seed": first, "seeds": settings["seeds"], "metrics": rows,
-                                    "metrics_last": None, "seconds": round(time.time() - begun, 1)})
+        mean = {name: statistics.mean(run[name] for run in rows[methods[-1]]) for name in results["metrics"]}
+        save(out / "results.json", {**results, "method": methods[-1], "seed": first, "seeds": settings["seeds"],
+                                    "metrics": mean, "table": rows, "seconds": round(time.time() - begun, 1)})
     print_table(rows, console)
     console.say(f"\n{len(data.eval):,} evaluation clips. A student's epoch is the one that did best on them, as the authors report "
                 f"it: a little\nflattering, alike for all; the last epoch's figures are in results.json. All of it is in {out}")
@@ -1447,7 +1484,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(vars(build_parser().parse_args(argv)))
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)   # a worker's error carries its traceback
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on from the last epoch", file=sys.stderr)
