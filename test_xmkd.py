@@ -778,6 +778,24 @@ def test_a_checkpoint_can_teach_the_other_modality(tmp_path, media):
     assert xmkd.load_checkpoint(tmp_path / "audio" / "best.pt")["filter"]["adapter.weight"].shape == (48, 32)     # teacher 32-d, student 48-d
 
 
+def test_the_pretrained_teacher_sees_frames_as_it_was_trained_to(monkeypatch):
+    build = xmkd.r2plus1d_18
+    monkeypatch.setattr(xmkd, "r2plus1d_18", lambda weights, progress: build())                # no download: random weights
+    teacher, frames = xmkd.KineticsTeacher().eval(), torch.randint(0, 256, (1, 4, 3, 32, 32), dtype=torch.uint8)
+    ours = teacher(xmkd.Prepare()(frames))
+    theirs = xmkd.R2Plus1D_18_Weights.KINETICS400_V1.transforms(crop_size=(32, 32), resize_size=(32, 32))(frames[0])
+    assert [tuple(x.shape) for x in ours] == [(1, 1, 512), (1, 512), (1, 400)]
+    assert torch.allclose(ours.pooled, teacher.net(theirs[None]), atol=1e-4)
+
+
+def test_without_network_the_pretrained_teacher_gives_way_with_a_warning(tmp_path, media, monkeypatch):
+    def offline(weights, progress):
+        raise OSError("no network")
+    monkeypatch.setattr(xmkd, "r2plus1d_18", offline)
+    assert xmkd.main([*TINY, "--data", str(media), "--epochs", "1", "--out", str(tmp_path), "--cache", str(media.parent / "cache")]) == 0
+    assert "cannot be had (no network)" in json.loads((tmp_path / "results.json").read_text())["warnings"][0]
+
+
 def test_a_checkpoint_cannot_run_code(tmp_path):
     class Evil:
         def __reduce__(self):

@@ -43,7 +43,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import av
 import numpy as np
@@ -60,7 +60,6 @@ __version__ = "0.1.0"
 
 class InputError(ValueError):
     """Input that its owner can mend: a file, a list, an option. `main` prints it as one line and exits with 2."""
-
 
 # ============================================== 1. Method (step numbers are the title page's)
 def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
@@ -136,7 +135,6 @@ class ModalityNoiseFilter(nn.Module):
     teacher_dim  width of the teacher's embedding; where it differs from D, a linear adapter comes first (ours)
     Attribute names are those of the released checkpoints, so that they load. Needs batches of at least 2 in train mode.
     """
-
     def __init__(self, num_classes: int, dim: int = 512, heads: int = 2, teacher_dim: int | None = None) -> None:
         super().__init__()
         self.adapter = nn.Identity() if teacher_dim in (None, dim) else nn.Linear(teacher_dim, dim)
@@ -198,7 +196,6 @@ def make_optimizer(student: nn.Module, noise_filter: nn.Module | None, lr: float
         groups.append({"params": list(noise_filter.parameters()), "lr": filter_lr * lr})
     return torch.optim.Adam(groups, weight_decay=weight_decay)
 
-
 # ============================================== 2. Networks (attribute names are those of the released checkpoints)
 class Features(NamedTuple):
     """What a student returns."""
@@ -207,8 +204,7 @@ class Features(NamedTuple):
     logits: Tensor  # (B, C)
 
 class FactorisedConv3d(nn.Module):
-    """A k_t x k_h x k_w convolution as spatial conv, BN, ReLU, temporal conv, with about as many weights. No biases."""
-
+    """(B, c_in, T, H, W) -> (B, c_out, T', H', W'): spatial conv, BN, ReLU, temporal conv, about as many weights as whole."""
     def __init__(self, c_in: int, c_out: int, kernel: Sequence[int], stride: Sequence[int] = (1, 1, 1)) -> None:
         super().__init__()
         (kt, kh, kw), (st, sh, sw) = kernel, stride
@@ -218,12 +214,10 @@ class FactorisedConv3d(nn.Module):
         self.temporal_conv = nn.Conv3d(middle, c_out, (kt, 1, 1), (st, 1, 1), (kt // 2, 0, 0), bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c_in, T, H, W) -> (B, c_out, T', H', W')."""
         return self.temporal_conv(F.relu(self.bn(self.spatial_conv(x))))
 
 class VideoBlock(nn.Module):
     """Residual block of two factorised 3x3x3 convolutions; `downsample` halves all axes, its shortcut is factorised too."""
-
     def __init__(self, c_in: int, c_out: int, downsample: bool = False) -> None:
         super().__init__()
         stride = (2, 2, 2) if downsample else (1, 1, 1)
@@ -237,7 +231,6 @@ class VideoBlock(nn.Module):
         self.bn2 = nn.BatchNorm3d(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c_in, T, H, W) -> (B, c_out, T', H', W')."""
         shortcut = self.downsamplebn(self.downsampleconv(x)) if self.downsample else x
         x = F.relu(self.bn1(self.conv1(x)))
         return F.relu(shortcut + self.bn2(self.conv2(x)))
@@ -249,7 +242,6 @@ class VideoNet(nn.Module):
     blocks       residual blocks per stage: (1, 1, 1, 1) is the released scripts' "depth 18", (3, 4, 6, 3) their 34
     width        channels of the first stage (authors: 64); D = 8 * width
     """
-
     def __init__(self, num_classes: int, blocks: Sequence[int] = (1, 1, 1, 1), width: int = 64) -> None:
         super().__init__()
         self.conv1 = FactorisedConv3d(3, width, (3, 7, 7), (1, 2, 2))
@@ -274,7 +266,6 @@ class LogMel(nn.Module):
 
     Periodic Hann window of 1024, hop 320, power spectrum, 64 Slaney mel bins 50-14000 Hz, 10 log10(max(x, 1e-10)).
     """
-
     def __init__(self) -> None:
         super().__init__()
         self.mel = torchaudio.transforms.MelSpectrogram(32000, n_fft=1024, hop_length=320, f_min=50, f_max=14000,
@@ -282,13 +273,11 @@ class LogMel(nn.Module):
         self.decibel = torchaudio.transforms.AmplitudeToDB("power")
 
     def forward(self, samples: Tensor) -> Tensor:
-        """(B, samples) -> (B, T, 64)."""
         with torch.autocast(samples.device.type, enabled=False):      # half precision overflows here (PANNs issue 17)
             return self.decibel(self.mel(samples.float())).transpose(1, 2)
 
 class AudioBlock(nn.Module):
-    """Two 3x3 conv + BN + ReLU, then average pooling over `pool` x `pool`."""
-
+    """(B, c_in, T, mel) -> (B, c_out, T // pool, mel // pool): two 3x3 conv + BN + ReLU, then average pooling."""
     def __init__(self, c_in: int, c_out: int, pool: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
@@ -296,7 +285,6 @@ class AudioBlock(nn.Module):
         self.bn1, self.bn2, self.pool = nn.BatchNorm2d(c_out), nn.BatchNorm2d(c_out), pool
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, c_in, T, mel) -> (B, c_out, T // pool, mel // pool)."""
         x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
         return F.avg_pool2d(x, self.pool) if self.pool > 1 else x
 
@@ -309,7 +297,6 @@ class AudioNet(nn.Module):
     dim          width of the embedding; a student needs width * 2 ** (stages - 1), so that map and embedding agree
     PANNs' dropout is left out (SpecAugment does its work in training).
     """
-
     def __init__(self, num_classes: int, width: int = 64, stages: int = 4, dim: int = 512) -> None:
         super().__init__()
         self.bn0 = nn.BatchNorm1d(64)                                      # over the mel bins
@@ -342,7 +329,6 @@ class Prepare(nn.Module):
     (B, samples) int16 -> (B, T, 64) decibels. In train mode, if `spec_augment`, 2 time and 2 mel stripes of at most PANNs'
     widths (64 of 1001 frames, 8 of 64 bins) are masked with the batch mean.
     """
-
     def __init__(self, spec_augment: bool = False) -> None:
         super().__init__()
         self.logmel, self.spec_augment = LogMel(), spec_augment
@@ -350,7 +336,6 @@ class Prepare(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1))
 
     def forward(self, views: Tensor) -> Tensor:
-        """uint8 (B, T, 3, H, W) -> (B, 3, T, H, W), or int16 (B, samples) -> (B, T, 64)."""
         if views.ndim == 5:
             return (views.transpose(1, 2).float() / 255 - self.mean) / self.std
         logmel = self.logmel(views.float() / 32767)
@@ -361,7 +346,6 @@ class Prepare(nn.Module):
         for axis, width in ((1, max(2, logmel.shape[1] * 64 // 1001)), (2, 8)) * 2:
             logmel = torchaudio.functional.mask_along_axis_iid(logmel, width, 0.0, axis)
         return logmel + mean
-
 
 # ============================================== 3. Media (PyAV; opened and closed per call, one thread)
 @contextmanager
@@ -474,7 +458,6 @@ def decode_video(path: str | os.PathLike[str], start: float = 0.0, end: float | 
             shown, shown_image, last = frame, None, seconds if frame is not None else last
         check_length(path, container, stream, start, end, last + period - start if frames else 0.0)
     return torch.from_numpy(np.stack(frames))
-
 
 # ============================================== 4. Data sets
 class Clip(NamedTuple):
@@ -649,7 +632,6 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
             start, end = 0.0, end - start
     return decode_audio(path, start, end) if kind == "audio" else decode_video(path, start, end, fps, size)
 
-
 # ============================================== 5. Demo data (made from the seed; no files)
 def demo_clips(tags: bool, train: int = 480, evaluation: int = 240) -> tuple[list[Clip], list[str]]:
     """One-second clips of ten events, five kinds (shape, pitch) in two ways (motion, glide); with `tags` 40 % hold two."""
@@ -712,7 +694,6 @@ def demo_stream(clip: Clip, kind: str, student: str, seed: int, noise: float, mi
     contrast = rng.uniform(0.15, 0.5) if kind == student else rng.uniform(0.7, 1.0)
     return demo_picture(events, contrast, rng, max(1, round(fps)), side)
 
-
 # ============================================== 6. Clip store and views
 def pack_frames(frames: Tensor) -> tuple[Tensor, Tensor]:
     """(T, 3, H, W) uint8 -> (JPEG bytes of all frames, end of each in them (T,)); 4 to 5 kB a frame at 128 x 171."""
@@ -737,7 +718,6 @@ class ClipStore(Dataset[Any]):
     folder   may be shared by runs and processes: a file is renamed into place and named after all that it depends on
     load     (clip, kind) -> samples or frames;   depends: per kind, what the result depends on besides clip and file
     """
-
     def __init__(self, folder: Path, clips: list[Clip], load: Callable[[Clip, str], Tensor],
                  depends: dict[str, Any]) -> None:
         self.clips, self.load, self.files = clips, load, {"audio": [], "video": []}
@@ -784,12 +764,10 @@ class ClipStore(Dataset[Any]):
 
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
     """Frame indices of up to `count` even windows of `size` out of n; stops at the first short one, looped. Authors."""
-    windows = []
-    for begin in range(0, n, max(1, math.ceil((n - 1 - size) / max(count - 1, 1))))[:count]:
-        windows.append([begin + i % min(size, n - begin) for i in range(size)])
-        if n - begin < size:
-            break
-    return windows
+    stride = max(1, math.ceil((n - 1 - size) / max(count - 1, 1)))
+    windows = sliding_windows(n, size, stride)
+    short = next((i for i in range(len(windows)) if n - i * stride < size), count)
+    return windows[:min(short + 1, count)]
 
 def sliding_windows(n: int, size: int = 16, stride: int = 16) -> list[list[int]]:
     """Frame indices of consecutive windows of `size` out of n frames; a last short one is looped. Authors."""
@@ -811,7 +789,6 @@ class Views(Dataset[Any]):
     protocol  "train"; "val": 3 even windows (authors, while training); "test": consecutive windows (authors, at the end);
               sound has consecutive windows in both. What is random follows from the seed, whatever worker draws it.
     """
-
     def __init__(self, store: ClipStore, spec: ViewSpec, protocol: str, labels: Tensor,
                  teacher: Tensor | None = None) -> None:
         self.store, self.spec, self.protocol, self.labels, self.teacher = store, spec, protocol, labels, teacher
@@ -847,7 +824,6 @@ class Views(Dataset[Any]):
 
 class EpochBatches(Sampler[Any]):
     """Shuffled batches of (clip, view seed), given by seed and `epoch`; a last batch of one joins the one before."""
-
     def __init__(self, clips: Sequence[int], batch_size: int, seed: int) -> None:
         self.clips, self.batch_size, self.seed, self.epoch = list(clips), batch_size, seed, 0
 
@@ -883,7 +859,6 @@ class Data(NamedTuple):
             return DataLoader(views, batch_sampler=EpochBatches(clips, batch_size, seed), **options)
         keys = [[(i, 0) for i in clips[b:b + batch_size]] for b in range(0, len(clips), batch_size)]
         return DataLoader(views, batch_sampler=keys, collate_fn=join_windows, **options)
-
 
 # ============================================== 7. Metrics (fractions in 0..1)
 def ranked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -955,7 +930,6 @@ def score(task: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
     auc = mean_auc(scores, labels)
     probit = statistics.NormalDist().inv_cdf(min(max(auc, 1e-9), 1 - 1e-9)) if math.isfinite(auc) else 0.0
     return {"mAP": mean_average_precision(scores, labels), "AUC": auc, "d_prime": math.sqrt(2) * probit}
-
 
 # ============================================== 8. Training and evaluation
 STUDENT_KIND = {"audio_tagging": "audio", "action_recognition": "video", "video_retrieval": "video"}
@@ -1074,23 +1048,21 @@ def train_student(method: str, seed: int, data: Data, teacher: Tensor | None, sp
             "epoch": saved["epoch"], "metrics_last": finals["last"], "clips": {"train": len(data.train), "eval": len(data.eval)},
             "seconds": round(time.time() - begun, 1)}
 
-
 # ============================================== 9. Teacher
 class KineticsTeacher(nn.Module):
     """torchvision's r2plus1d_18, Kinetics-400 weights, on ImageNet-normalised (B, 3, T, H, W); K = 1, D = 512."""
-
     def __init__(self, progress: bool = False) -> None:
         super().__init__()
         self.net = r2plus1d_18(weights=R2Plus1D_18_Weights.KINETICS400_V1, progress=progress)
         self.fc, self.net.fc = self.net.fc, nn.Identity()
-        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-        stats = torch.tensor([mean, std, [0.43216, 0.394666, 0.37645], [0.22803, 0.22145, 0.216989]])
-        self.register_buffer("stats", stats.view(4, 3, 1, 1, 1), persistent=False)
+        mean, std, kinetics_mean, kinetics_std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
+                                                               [0.43216, 0.394666, 0.37645], [0.22803, 0.22145, 0.216989]])
+        self.register_buffer("scale", (std / kinetics_std).view(3, 1, 1, 1))
+        self.register_buffer("shift", ((mean - kinetics_mean) / kinetics_std).view(3, 1, 1, 1))
 
     def forward(self, frames: Tensor) -> Features:
         """The logits are those of Kinetics-400."""
-        mean, std, kinetics_mean, kinetics_std = self.stats
-        pooled = self.net((frames * std + mean - kinetics_mean) / kinetics_std)
+        pooled = self.net(frames * self.scale + self.shift)
         return Features(pooled[:, None], pooled, self.fc(pooled))
 
 def make_teacher(data: Data, spec: ViewSpec, settings: dict[str, Any], folder: Path,
@@ -1161,11 +1133,9 @@ def embed_clips(data: Data, spec: ViewSpec, settings: dict[str, Any], cache: Pat
     embeddings[data.train] = saved["pooled"]
     return embeddings, saved["info"]
 
-
 # ============================================== 10. Run support
 class Console:
     """Lines for people. Progress rewrites one line on a terminal and is a line every 20 s elsewhere; `quiet` mutes both."""
-
     def __init__(self, quiet: bool = False) -> None:
         self.quiet, self.terminal, self.warnings = quiet, sys.stdout.isatty(), []
         self.clear = "\r\x1b[K" if self.terminal else ""
@@ -1219,7 +1189,6 @@ def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits that change when any of the parts does."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-
 # ============================================== 11. Arguments and main
 RECIPES: dict[str, dict[str, Any]] = {                                  # defaults; a data set's own win over "all"
     "all": {"task": "audio_tagging", "data": "demo", "split": "balanced", "fold": 1, "noise": 0.3, "mismatch": 0.2,
@@ -1234,13 +1203,6 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # defaul
 }
 RUN_OPTIONS = {"out", "cache", "eval", "resume", "workers", "device", "quiet", "compare", "method", "seeds", "seed", "epochs",
                "max_skipped"}                                           # what a checkpoint may differ in and be resumed
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> Any:
-        """Raises InputError."""
-        raise InputError(f"{message}; see python xmkd.py --help")
 
 def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """An argparse type: a number from low to high."""
@@ -1304,9 +1266,13 @@ def build_parser() -> argparse.ArgumentParser:
             ("workers", number(int, 0, 256), "loader processes"),
             ("device", str, "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one"),
             ("quiet", switch, "print warnings and errors only")]}
-    parser = Parser(prog="xmkd.py", argument_default=argparse.SUPPRESS, epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.",
-                    description="Robust cross-modal knowledge distillation (arXiv 2304.07775): a noise-filtered teacher of "
-                    "one modality trains a student of the other.")
+    def refuse(message: str) -> NoReturn:                               # one line instead of argparse's usage and error
+        raise InputError(f"{message}; see python xmkd.py --help")
+    parser = argparse.ArgumentParser(
+        prog="xmkd.py", argument_default=argparse.SUPPRESS, epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.",
+        description="Robust cross-modal knowledge distillation (arXiv 2304.07775): a noise-filtered teacher of one modality "
+        "trains a student of the other.")
+    parser.error = refuse  # type: ignore[method-assign]
     for title, options in groups.items():
         group = parser.add_argument_group(title)
         for name, kind, text in options:
@@ -1437,8 +1403,8 @@ def run(given: dict[str, Any]) -> None:
     label = "eval" if saved else methods[0] if len(methods) == 1 else "compare"
     source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
     out = Path(settings.get("out", f"runs/{task}-{source}-{label}-s{first}"))
-    beside = Path(given.get("eval", "")).parent / "cache"                # an evaluated run has decoded its clips already
-    cache = Path(settings.get("cache", beside if saved and beside.exists() else out / "cache"))
+    near = [folder / "cache" for folder in Path(given.get("eval", "")).absolute().parents[:2]] if saved else []
+    cache = Path(settings.get("cache", next((folder for folder in near if folder.exists()), out / "cache")))
     out.mkdir(parents=True, exist_ok=True)
     data = open_data(layout, settings, cache, out, console)
     spec = ViewSpec(kind, settings["frames"], settings["size"], round(settings["seconds"] * 32000), settings["crop_area"],
