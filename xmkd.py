@@ -1316,9 +1316,9 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     both, alone = ("audio", "video"), (student,)
     needs = {"train": alone if evaluating and layout != "ucf101" else both, "eval": both if layout == "ucf101" else alone}
     listed = len(clips) + sum(reason.startswith("missing") for _, reason in skipped)
-    lacking = [clip for clip in clips for kind in needs[clip.split] if not (clip.audio if kind == "audio" else clip.video)]
+    lacking = {clip for clip in clips for kind in needs[clip.split] if not (clip.audio if kind == "audio" else clip.video)}
     skipped += [(clip.audio or clip.id, "missing: no file with the other stream") for clip in lacking]
-    clips = [clip for clip in clips if clip.split in parts and clip not in set(lacking)]
+    clips = [clip for clip in clips if clip.split in parts and clip not in lacking]
     counts = {part: sum(clip.split == part for clip in clips) for part in parts}
     console.say(f"data    {root} ({layout}): {len(classes)} classes, {listed:,} clips listed; with all their files: "
                 + ", ".join(f"{count:,} for {part}" for part, count in counts.items()))
@@ -1391,7 +1391,7 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     methods = given.get("compare", default).split(",")
     if unknown := next((method for method in methods if method not in METHODS or methods.count(method) > 1), None):
         raise InputError(f"--compare {given['compare']}: {unknown!r} is no method or there twice; choose from {', '.join(METHODS)}")
-    if settings["teacher"] not in ("auto", "scratch"):
+    if given.get("teacher", "auto") not in ("auto", "scratch"):
         load_checkpoint(settings["teacher"])                            # refused now rather than after decoding
     return layout, methods, settings
 
