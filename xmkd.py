@@ -1198,7 +1198,7 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # defaul
             "weight_decay": 5e-4, "eval_every": 5, "seed": 3, "seeds": 1, "resume": False, "device": "auto",
             "workers": min(8, (os.cpu_count() or 2) // 2), "quiet": False},
     "audioset": {"epochs": 60},                                         # about the updates of UCF51's recipe
-    "demo": {"epochs": 15, "teacher_epochs": 20, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
+    "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
              "crop_area": 0.7, "csc_offset": 0.3},
 }
 RUN_OPTIONS = {"out", "cache", "eval", "resume", "workers", "device", "quiet", "compare", "method", "seeds", "seed", "epochs",
