@@ -834,6 +834,9 @@ def test_public_functions_need_only_the_imports_and_what_they_call(name):
     used = {n.id for d in needed for n in ast.walk(DEFINITIONS[d]) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     globals_of_module = {t.id for n in TREE.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in getattr(n, "targets", [getattr(n, "target", None)]) if isinstance(t, ast.Name)}
     assert callable(pasted[name]) and not used & globals_of_module
+    if name == "csc_loss":                                                        # and one of them is called, not just compiled
+        p, y = rand(4, 8), torch.tensor([0, 1, 1, 2])
+        assert torch.equal(pasted[name](p, p, rand(4, 4), y), xmkd.csc_loss(p, p, rand(4, 4), y))
 
 
 def test_every_option_is_used_and_explained(capsys):
