@@ -19,8 +19,8 @@ The algorithm, numbered as in `train_step`; the teacher is frozen, one embedding
     5. L_student = CE(logits, y) + CSC(p, s^, temperature = similarity + offset)  trains student and filter
     6. Adam: student at lr, filter at 0.2 lr
 
-Sections: 1 Method, 2 Networks, 3 Media, 4 Data sets, 5 Demo data, 6 Clip store and views, 7 Metrics, 8 Training,
-9 Teacher, 10 Run support, 11 Arguments and main.
+Sections: 1 Method, 2 Methods compared with, 3 Networks, 4 Media, 5 Data sets, 6 Demo data, 7 Clip store and views,
+8 Metrics, 9 Training, 10 Teacher, 11 Run support, 12 Arguments and main.
 Letters: B clips in a batch, K positions of a map, D features, C classes, T frames, N clips.
 """
 from __future__ import annotations
@@ -154,37 +154,32 @@ class ModalityNoiseFilter(nn.Module):
         evidence = self.trans_sv(selected[:, 0])                                         # (B, D)
         return Filtered(purified, evidence, self.sv_cls_classifier(evidence), gate, attention[:, 0])
 
-def train_step(student: nn.Module, noise_filter: ModalityNoiseFilter | None, optimizer: torch.optim.Optimizer,
-               inputs: Tensor, teacher: Tensor | None, labels: Tensor, offset: float = 0.07, margin: float = 0.2,
-               sparsity: float = 1e-3, method: str = "xmkd") -> dict[str, Tensor]:
+def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: torch.optim.Optimizer, inputs: Tensor,
+               teacher: Tensor | None, labels: Tensor, offset: float = 0.07, margin: float = 0.2, sparsity: float = 1e-3,
+               calibrate: bool = True) -> dict[str, Tensor]:
     """One whole update; returns the detached loss terms as weighted in the sum. Numbers are the title page's.
 
     inputs (B, ...) for the student, teacher (B, D) embeddings, labels (B,) or (B, C); any float dtype.
-    method  "xmkd"; "mnf": constant temperature; "csc": no filter, s^ = t^ = t; "student": no distillation.
+    noise_filter  a ModalityNoiseFilter; None: no distillation; or another `Distiller`, whose loss is then added instead
+    calibrate     False: the temperature of every pair is `offset` (method mnf)
     """
     student.train()
     features = student(inputs)                                                                        # 1. student
-    student_terms = {"cls": classification_loss(features.logits, labels)}
-    filter_terms = {}
-    if noise_filter is not None and teacher is not None and method != "student":
-        noise_filter.train()
-        raw = noise_filter.adapter(teacher)                                                           # (B, D)
-        if method == "csc":
-            purified, evidence = raw, raw
-        else:
-            purified, evidence, filter_logits, _, _ = noise_filter(teacher, features.map)             # 2. filter
-            weight = noise_filter.gated_feature_composer[3].weight           # the last layer only, as the released loop
-            filter_terms = {"filter_cls": classification_loss(filter_logits, labels),                 # 4. filter loss
-                            "sparsity": sparsity * sparsity_loss(weight),
-                            "triplet": triplet_loss(features.pooled, raw.detach(), purified, margin)}
-        similarity = cosine_matrix(features.pooled, purified).detach()                                # 3. trust (B, B)
-        if method == "mnf":
-            similarity = torch.zeros_like(similarity)
-        student_terms["csc"] = csc_loss(features.pooled, evidence, similarity, labels, offset)        # 5. student loss
+    student_terms, filter_terms = {"cls": classification_loss(features.logits, labels)}, {}
+    if isinstance(noise_filter, ModalityNoiseFilter):
+        filtered = noise_filter.train()(teacher, features.map)                                        # 2. filter
+        similarity = cosine_matrix(features.pooled, filtered.teacher).detach() * calibrate            # 3. trust (B, B)
+        weight, raw = noise_filter.gated_feature_composer[3].weight, noise_filter.adapter(teacher).detach()
+        filter_terms = {"filter_cls": classification_loss(filtered.logits, labels),                   # 4. filter loss
+                        "sparsity": sparsity * sparsity_loss(weight),    # of the gate's last layer only, as released
+                        "triplet": triplet_loss(features.pooled, raw, filtered.teacher, margin)}
+        student_terms["csc"] = csc_loss(features.pooled, filtered.evidence, similarity, labels, offset)   # 5. student loss
+    elif noise_filter is not None:
+        student_terms["distill"] = noise_filter.train()(features, teacher, labels)
     optimizer.zero_grad(set_to_none=True)
     if filter_terms:      # trains the filter only: the same as a whole backward pass whose student part is thrown away
-        torch.stack(list(filter_terms.values())).sum().backward(inputs=list(noise_filter.parameters()), retain_graph=True)
-    torch.stack(list(student_terms.values())).sum().backward()
+        torch.stack([*filter_terms.values()]).sum().backward(inputs=[*noise_filter.parameters()], retain_graph=True)
+    torch.stack([*student_terms.values()]).sum().backward()
     optimizer.step()                                                                                  # 6. Adam
     return {name: value.detach() for name, value in {**student_terms, **filter_terms}.items()}
 
@@ -196,7 +191,93 @@ def make_optimizer(student: nn.Module, noise_filter: nn.Module | None, lr: float
         groups.append({"params": list(noise_filter.parameters()), "lr": filter_lr * lr})
     return torch.optim.Adam(groups, weight_decay=weight_decay)
 
-# ============================================== 2. Networks (attribute names are those of the released checkpoints)
+# ============================================== 2. Methods compared with (losses as published; weight 1 each is ours)
+def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities (B, C) of classes or, for multi-hot labels, (B, 2C) of each tag's presence and absence."""
+    return logits.log_softmax(1) if labels.ndim == 1 else torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
+
+def kd_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 4.0) -> Tensor:
+    """Soft targets (Hinton et al. 2015, arXiv 1503.02531): KL of softened predictions (B, C), times temperature squared."""
+    student, teacher = (log_probabilities(x / temperature, labels) for x in (logits, teacher_logits))
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature ** 2
+
+def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
+    """Regression to the teacher's features (Romero et al. 2015, arXiv 1412.6550): both (B, D) -> mean squared error."""
+    return F.mse_loss(hint, teacher)
+
+def crd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
+    """Contrastive representation distillation (Tian et al. 2020, arXiv 1910.10699), in-batch: projections (B, 128) -> ().
+
+    A clip's teacher is told from those of clips that share no label with it, in both directions.
+    """
+    rival = label_overlap(labels) == 0
+    rival.fill_diagonal_(True)                                            # the clip's own pair stays in the softmax
+    logits = (cosine_matrix(student, teacher) / temperature).masked_fill(~rival, -math.inf)
+    own = torch.arange(len(logits), device=logits.device)
+    return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
+
+def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Module, classify: nn.Module,
+             temperature: float = 0.1) -> Tensor:
+    """Compositional contrastive learning (Chen et al. 2021, arXiv 2104.10955); positives of the NCE term only.
+
+    compose   (B, 2D) -> (B, D): the composition is teacher + compose([teacher ; student]), unit vectors inside
+    classify  (B, D) -> (B, C)
+    Cross-entropy of the composition, contrast of all three embeddings both ways, symmetric KL of the two predictions.
+    """
+    def composition(student: Tensor) -> Tensor:
+        return teacher + compose(torch.cat([F.normalize(teacher, dim=1), F.normalize(student, dim=1)], 1))
+    def contrast(a: Tensor, b: Tensor) -> Tensor:
+        constant = torch.zeros(len(a), len(b), device=a.device, dtype=a.dtype)
+        return csc_loss(a, b, constant, labels, temperature) + csc_loss(b, a, constant, labels, temperature)
+    joint, own = composition(features.pooled), composition(features.pooled.detach())     # own: trains `compose` only
+    p, q = log_probabilities(features.logits, labels), log_probabilities(classify(joint), labels)
+    symmetric = F.kl_div(p, q, reduction="batchmean", log_target=True) + F.kl_div(q, p, reduction="batchmean", log_target=True)
+    return (classification_loss(classify(own), labels) + contrast(own, teacher) + contrast(features.pooled, teacher)
+            + contrast(features.pooled, joint) + symmetric)
+
+class Distiller(nn.Module):
+    """What a method other than MNF learns beside the student: (features, teacher (B, teacher_dim), labels) -> its loss.
+
+    method  "csc" (CSC on the unfiltered teacher: s^ = t^ = t), "kd", "fitnet", "crd" or "ccl"
+    probe   kd: a linear layer from embeddings to logits, see `linear_probe`; it stays as it is
+    """
+    def __init__(self, method: str, num_classes: int, dim: int, teacher_dim: int, offset: float = 0.07,
+                 probe: nn.Linear | None = None) -> None:
+        super().__init__()
+        self.method, self.offset = method, offset
+        to_student = nn.Identity() if teacher_dim == dim else nn.Linear(teacher_dim, dim)
+        self.teacher = {"csc": to_student, "ccl": to_student, "crd": nn.Linear(teacher_dim, 128)}.get(method, nn.Identity())
+        self.student = {"crd": nn.Linear(dim, 128), "fitnet": nn.Linear(dim, teacher_dim),
+                        "ccl": nn.Linear(2 * dim, dim)}.get(method, nn.Identity())
+        self.classify = probe or (nn.Linear(dim, num_classes) if method == "ccl" else nn.Identity())
+
+    def forward(self, features: Features, teacher: Tensor, labels: Tensor) -> Tensor:
+        """The term to add to the student's classification loss."""
+        teacher = self.teacher(teacher)
+        if self.method == "csc":
+            similarity = cosine_matrix(features.pooled, teacher).detach()
+            return csc_loss(features.pooled, teacher, similarity, labels, self.offset)
+        if self.method == "kd":
+            return kd_loss(features.logits, self.classify(teacher), labels)
+        if self.method == "ccl":
+            return ccl_loss(features, teacher, labels, self.student, self.classify)
+        projected = self.student(features.pooled)
+        return crd_loss(projected, teacher, labels) if self.method == "crd" else fitnet_loss(projected, teacher)
+
+def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int, decay: float = 1e-3) -> nn.Linear:
+    """Frozen logistic regression from embeddings (N, D) to logits (N, C), by L-BFGS; `decay` is relative to their variance."""
+    probe = nn.Linear(embeddings.shape[1], num_classes)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        penalty = decay * embeddings.var() * probe.weight.square().sum()
+        loss = classification_loss(probe(embeddings), labels) + penalty
+        loss.backward()
+        return loss
+    optimizer.step(closure)
+    return probe.requires_grad_(False)
+
+# ============================================== 3. Networks (attribute names are those of the released checkpoints)
 class Features(NamedTuple):
     """What a student returns."""
     map: Tensor     # (B, K, D) one feature per position: t, h, w (video) or t, mel (audio), the last one fastest
@@ -347,7 +428,7 @@ class Prepare(nn.Module):
             logmel = torchaudio.functional.mask_along_axis_iid(logmel, width, 0.0, axis)
         return logmel + mean
 
-# ============================================== 3. Media (PyAV; opened and closed per call, one thread)
+# ============================================== 4. Media (PyAV; opened and closed per call, one thread)
 @contextmanager
 def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
     """PyAV container of a local regular file, gzipped or not; what FFmpeg refuses is an InputError naming the file."""
@@ -459,7 +540,7 @@ def decode_video(path: str | os.PathLike[str], start: float = 0.0, end: float | 
         check_length(path, container, stream, start, end, last + period - start if frames else 0.0)
     return torch.from_numpy(np.stack(frames))
 
-# ============================================== 4. Data sets
+# ============================================== 5. Data sets
 class Clip(NamedTuple):
     """One sample of a data set. Times are those of the list; `load_clip` maps them onto the file."""
     id: str
@@ -632,7 +713,7 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
             start, end = 0.0, end - start
     return decode_audio(path, start, end) if kind == "audio" else decode_video(path, start, end, fps, size)
 
-# ============================================== 5. Demo data (made from the seed; no files)
+# ============================================== 6. Demo data (made from the seed; no files)
 def demo_clips(tags: bool, train: int = 480, evaluation: int = 240) -> tuple[list[Clip], list[str]]:
     """One-second clips of ten events, five kinds (shape, pitch) in two ways (motion, glide); with `tags` 40 % hold two."""
     kinds, ways = ("disc", "ring", "square", "cross", "bar"), ("sideways and falling", "upright and rising")
@@ -694,7 +775,7 @@ def demo_stream(clip: Clip, kind: str, student: str, seed: int, noise: float, mi
     contrast = rng.uniform(0.15, 0.5) if kind == student else rng.uniform(0.7, 1.0)
     return demo_picture(events, contrast, rng, max(1, round(fps)), side)
 
-# ============================================== 6. Clip store and views
+# ============================================== 7. Clip store and views
 def pack_frames(frames: Tensor) -> tuple[Tensor, Tensor]:
     """(T, 3, H, W) uint8 -> (JPEG bytes of all frames, end of each in them (T,)); 4 to 5 kB a frame at 128 x 171."""
     codec = av.CodecContext.create("mjpeg", "w")
@@ -860,7 +941,7 @@ class Data(NamedTuple):
         keys = [[(i, 0) for i in clips[b:b + batch_size]] for b in range(0, len(clips), batch_size)]
         return DataLoader(views, batch_sampler=keys, collate_fn=join_windows, **options)
 
-# ============================================== 7. Metrics (fractions in 0..1)
+# ============================================== 8. Metrics (fractions in 0..1)
 def ranked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each class by falling score: hits 0/1 float64, 1-based ranks of the first and the last item of each tie; (N, C)."""
     order = scores.argsort(0, descending=True)
@@ -931,10 +1012,10 @@ def score(task: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
     probit = statistics.NormalDist().inv_cdf(min(max(auc, 1e-9), 1 - 1e-9)) if math.isfinite(auc) else 0.0
     return {"mAP": mean_average_precision(scores, labels), "AUC": auc, "d_prime": math.sqrt(2) * probit}
 
-# ============================================== 8. Training and evaluation
+# ============================================== 9. Training and evaluation
 STUDENT_KIND = {"audio_tagging": "audio", "action_recognition": "video", "video_retrieval": "video"}
 CHECK_METRIC = {"audio_tagging": "mAP", "action_recognition": "top1", "video_retrieval": "top1"}  # picks best.pt
-METHODS = ("student", "mnf", "csc", "xmkd")
+METHODS = ("student", "kd", "fitnet", "crd", "ccl", "mnf", "csc", "xmkd")
 
 @torch.no_grad()
 def predict(network: nn.Module, loader: Any, prepare: Prepare, several_tags: bool,
@@ -974,9 +1055,14 @@ def fit(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSp
     torch.manual_seed(seed)
     sizes = {"kind": spec.kind, "num_classes": len(data.classes), "width": settings["width"]}
     network, prepare, noise_filter = make_network(**sizes).to(device), Prepare(settings["spec_augment"]).to(device), None
-    if teacher is not None:
-        noise_filter = ModalityNoiseFilter(len(data.classes), 8 * settings["width"], 2, teacher.shape[1]).to(device)
-    optimizer = make_optimizer(network, noise_filter, settings["lr"], settings["weight_decay"])
+    if teacher is not None and method in ("mnf", "xmkd"):
+        noise_filter = ModalityNoiseFilter(len(data.classes), 8 * settings["width"], 2, teacher.shape[1])
+    elif teacher is not None:
+        probe = linear_probe(teacher[data.train], data.labels[data.train], len(data.classes)) if method == "kd" else None
+        noise_filter = Distiller(method, len(data.classes), 8 * settings["width"], teacher.shape[1], settings["csc_offset"], probe)
+    noise_filter = noise_filter.to(device) if noise_filter is not None else None
+    filter_lr = 0.2 if isinstance(noise_filter, ModalityNoiseFilter) else 1.0
+    optimizer = make_optimizer(network, noise_filter, settings["lr"], settings["weight_decay"], filter_lr)
     rates, first, best = [group["lr"] for group in optimizer.param_groups], 1, -1.0
     about = {"task": task, "method": method, "seed": seed, "classes": data.classes, "network": sizes, "settings": settings,
              "versions": {"xmkd": __version__, "torch": str(torch.__version__), "av": av.__version__}}
@@ -1013,7 +1099,7 @@ def fit(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSp
         for step, (views, labels, embedding) in enumerate(loader, 1):
             views, labels, embedding = (x.to(device, non_blocking=True) for x in (views, labels, embedding))
             terms = train_step(network, noise_filter, optimizer, prepare(views), embedding, labels, settings["csc_offset"],
-                               settings["margin"], settings["sparsity"], method)
+                               settings["margin"], settings["sparsity"], method != "mnf")
             sums = {term: sums.get(term, 0.0) + value for term, value in terms.items()}
             progress((epoch - first) * len(loader) + step, (epochs - first + 1) * len(loader))
         losses = {term: float(value) / len(loader) for term, value in sums.items()}
@@ -1048,7 +1134,7 @@ def train_student(method: str, seed: int, data: Data, teacher: Tensor | None, sp
             "epoch": saved["epoch"], "metrics_last": finals["last"], "clips": {"train": len(data.train), "eval": len(data.eval)},
             "seconds": round(time.time() - begun, 1)}
 
-# ============================================== 9. Teacher
+# ============================================== 10. Teacher
 class KineticsTeacher(nn.Module):
     """torchvision's r2plus1d_18, Kinetics-400 weights, on ImageNet-normalised (B, 3, T, H, W); K = 1, D = 512."""
     def __init__(self, progress: bool = False) -> None:
@@ -1133,7 +1219,7 @@ def embed_clips(data: Data, spec: ViewSpec, settings: dict[str, Any], cache: Pat
     embeddings[data.train] = saved["pooled"]
     return embeddings, saved["info"]
 
-# ============================================== 10. Run support
+# ============================================== 11. Run support
 class Console:
     """Lines for people. Progress rewrites one line on a terminal and is a line every 20 s elsewhere; `quiet` mutes both."""
     def __init__(self, quiet: bool = False) -> None:
@@ -1189,7 +1275,7 @@ def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits that change when any of the parts does."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# ============================================== 11. Arguments and main
+# ============================================== 12. Arguments and main
 RECIPES: dict[str, dict[str, Any]] = {                                  # defaults; a data set's own win over "all"
     "all": {"task": "audio_tagging", "data": "demo", "split": "balanced", "fold": 1, "noise": 0.3, "mismatch": 0.2,
             "max_skipped": 0.2, "frames": 16, "size": 112, "fps": 4.0, "seconds": 10.0, "crop_area": 0.25, "flip": True,
@@ -1240,9 +1326,9 @@ def build_parser() -> argparse.ArgumentParser:
             ("spec-augment", yes_no, "mask stripes of training spectrograms (PANNs)")],
         "method": [
             ("method", METHODS, "xmkd (default): MNF + CSC; mnf: MNF with a constant temperature; csc: CSC on the "
-             "unfiltered teacher; student: no teacher"),
-            ("compare", str, "methods to train from the same seeds and teacher embeddings, such as student,mnf,csc,xmkd "
-             "(default on the demo: student,xmkd)"),
+             "unfiltered teacher; student: no teacher; kd, fitnet, crd, ccl: other distillation methods"),
+            ("compare", str, "methods to train from the same seeds and teacher embeddings, such as student,mnf,csc,xmkd, or "
+             "'paper' for all (default on the demo: student,xmkd)"),
             ("teacher", str, "auto: the public pretrained network where it can be had, else one from scratch; scratch; or "
              "FILE, a checkpoint of the other modality"),
             ("teacher-epochs", count, "epochs of a teacher from scratch (ours)"),
@@ -1388,7 +1474,7 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {settings['device']} cannot be used: {str(error).splitlines()[0]}") from error
     default = "student,xmkd" if layout == "demo" and "method" not in given else given.get("method", "xmkd")
-    methods = given.get("compare", default).split(",")
+    methods = given.get("compare", default).replace("paper", ",".join(METHODS)).split(",")
     if unknown := next((method for method in methods if method not in METHODS or methods.count(method) > 1), None):
         raise InputError(f"--compare {given['compare']}: {unknown!r} is no method or there twice; choose from {', '.join(METHODS)}")
     if given.get("teacher", "auto") not in ("auto", "scratch"):
