@@ -300,15 +300,16 @@ def test_csc_and_triplet_agree_with_the_authors(kind, offset):
 
 
 @needs_testdata
-@pytest.mark.parametrize("variant, offset", [("full", 0.07), ("threshold_0p2", 0.2)])
-def test_steps_of_the_whole_recipe_agree_with_the_authors_in_float64(formula, variant, offset):
+@pytest.mark.parametrize("variant, options", [("full", {}), ("threshold_0p2", {"offset": 0.2}), ("no_norm_no_triplet", {"sparsity": 0, "margin": -1}),
+                                              ("constant_temperature", {"offset": float(np.float32(0.07)), "calibrate": False})])
+def test_steps_of_the_whole_recipe_agree_with_the_authors_in_float64(formula, variant, options):
     z = numbers("trajectory")
     student = filled(formula, xmkd.VideoNet(51), "open/video").double()
     noise_filter = filled(formula, xmkd.ModalityNoiseFilter(51), "open/mnf").double()
     optimizer = xmkd.make_optimizer(student, noise_filter)
     for i in range(5 if variant == "full" else 2):
         terms = xmkd.train_step(student, noise_filter, optimizer, torch.from_numpy(formula.normal(f"traj_clip_{i}", (6, 3, 8, 56, 56), "open")).double(),
-                                torch.from_numpy(formula.relu_features(f"traj_teacher_{i}", (6, 512), "open")).double(), torch.from_numpy(z[f"labels_{i}"]), offset)
+                                torch.from_numpy(formula.relu_features(f"traj_teacher_{i}", (6, 512), "open")).double(), torch.from_numpy(z[f"labels_{i}"]), **options)
         close([float(terms[k]) for k in ("cls", "filter_cls", "csc", "sparsity", "triplet")], z[f"{variant}__f64__losses"][i], 1e-9)
 
 
@@ -508,7 +509,7 @@ def test_audioset_joins_sound_and_picture_and_reports_what_is_missing(tmp_path):
     clips, _ = xmkd.read_audioset(root, skipped=skipped)
     assert [(c.id, c.split, Path(c.audio).name, Path(c.video).name) for c in clips] == [
         ("aaaaaaaaaa0", "train", "aaaaaaaaaa0_0_10.flac", "aaaaaaaaaa0_0_10.mp4"), ("bbbbbbbbbb0", "eval", "bbbbbbbbbb0.mp4", "bbbbbbbbbb0.mp4")]
-    assert skipped == [("aaaaaaaaaa1", "missing: listed, but no file has its id")]
+    assert skipped == [("aaaaaaaaaa1", "missing: listed, but no file has its name")]
 
 
 @pytest.mark.parametrize("text", ["\ufeff# c\r\naaaaaaaaaa0, 0.000, 10.000, \"/m/1,/m/2\"\r\n\r\n", 'aaaaaaaaaa0,0,10,"""/m/1,/m/2""",,\n', "aaaaaaaaaa0, 0, 10, /m/2, /m/1,\n"])
@@ -545,8 +546,8 @@ def test_ucf101_tolerates_case_crlf_and_leaves_mute_classes_out(tmp_path):
     skipped = []
     clips, classes = xmkd.read_ucf101(tmp_path, fold=2, skipped=skipped)
     assert classes == ["HandstandPushups", "Typing"]
-    assert [(c.id, c.labels, c.split) for c in clips] == [("v_HandstandPushups_g08_c01", (0,), "train"), ("v_Typing_g08_c01", (1,), "train"), ("v_Typing_g01_c01", (1,), "eval")]
-    assert [path for path, _ in skipped] == ["Biking/v_Biking_g08_c01.avi", "Typing/v_Typing_g01_c02.avi"]
+    assert [(c.id, c.labels, c.split) for c in clips] == [("v_HandStandPushups_g08_c01", (0,), "train"), ("v_Typing_g08_c01", (1,), "train"), ("v_Typing_g01_c01", (1,), "eval")]
+    assert [path for path, _ in skipped] == ["Biking/v_Biking_g08_c01.avi", "v_Typing_g01_c02"]
     with pytest.raises(xmkd.InputError, match="trainlist01.txt is missing"):
         xmkd.read_ucf101(tmp_path, fold=1)
 
@@ -573,6 +574,69 @@ def test_the_published_lists_parse_whole(tmp_path):
     authors = json.loads((TESTDATA / "metadata" / "authors" / "ucf51_annotation.json").read_text())
     assert [c.lower() for c in classes] == [c.lower() for c in authors["labels"]]
     assert (sum(c.split == "train" for c in clips), sum(c.split == "eval" for c in clips)) == (4901, 1944)      # nine have no sound
+
+
+def test_activitynet_segments_are_clips_and_whole_videos_serve_several(tmp_path):
+    entry = lambda subset, *segments: {"subset": subset, "duration": 60, "annotations": [{"label": label, "segment": [a, b]} for label, a, b in segments]}
+    (tmp_path / "activity_net.v1-3.min.json").write_text(json.dumps({"version": "1.3", "taxonomy": [], "database": {
+        "aaaaaaaaaa0": entry("training", ("Surfing", 1.5, 9.0), ("Archery", 20, 31)), "-bbbbbbb_b0": entry("validation", ("Surfing", 0, 5)),
+        "cccccccccc0": entry("training", ("Surfing", 0, 5)), "ddddddddddd": entry("testing")}}))
+    for name in ("v_aaaaaaaaaa0.mkv", "-bbbbbbb_b0.mp4", "v_ddddddddddd.mp4"):
+        (tmp_path / name).touch()
+    skipped = []
+    clips, classes = xmkd.read_annotations(tmp_path, skipped)
+    assert classes == ["Archery", "Surfing"] and xmkd.find_layout(str(tmp_path)) == "activitynet"
+    assert [(c.id, c.labels, c.split, c.start, c.end, Path(c.video).name) for c in clips] == [
+        ("v_aaaaaaaaaa0_0", (1,), "train", 1.5, 9.0, "v_aaaaaaaaaa0.mkv"), ("v_aaaaaaaaaa0_1", (0,), "train", 20, 31, "v_aaaaaaaaaa0.mkv"),
+        ("v_-bbbbbbb_b0_0", (1,), "eval", 0, 5, "-bbbbbbb_b0.mp4")]
+    assert [i for i, _ in skipped] == ["v_cccccccccc0_0"]
+    (tmp_path / "activity_net.v1-3.min.json").write_text('{"database": {"aaaaaaaaaa0": {"subset": "training"}}}')
+    with pytest.raises(xmkd.InputError, match="expected `database` of id: subset, label"):
+        xmkd.read_annotations(tmp_path)
+
+
+@needs_testdata
+@pytest.mark.parametrize("name, layout, train, evaluation", [("activitynet", "activitynet", 15232, 7555), ("ucf51", "annotation", 4892, 1944)])
+def test_the_authors_annotations_parse_whole(tmp_path, name, layout, train, evaluation):
+    text = (TESTDATA / "metadata" / "authors" / f"{name}_annotation.json").read_text()
+    (tmp_path / "annotation.json").write_text(text)
+    for key in json.loads(text)["database"]:
+        (tmp_path / f"{key}.hdf5").touch()
+    clips, classes = xmkd.read_annotations(tmp_path, skipped := [])
+    assert classes == json.loads(text)["labels"] and not skipped and xmkd.find_layout(str(tmp_path)) == layout
+    assert [sum(c.split == part for c in clips) for part in ("train", "eval")] == [train, evaluation] and not any(c.audio for c in clips)
+
+
+@pytest.mark.parametrize("table, rows, names", [
+    ("vggsound.csv", '-aaaaaaaaa0,30,"playing drums, loud",train\nvbbbbbbbbb0,0,dog,test\ncccccccccc0,5,dog,train\n', ["-aaaaaaaaa0_000030.mp4", "vbbbbbbbbb0_000000.wav", "vbbbbbbbbb0_000000.mkv"]),
+    ("vggsound.csv", '-aaaaaaaaa0,30,"playing drums, loud",train\nvbbbbbbbbb0,0,dog,test\ncccccccccc0,5,dog,train\n', ["v-aaaaaaaaa0_30_40_out.mkv", "vvbbbbbbbbb0_0_10_out.mkv"]),
+    ("test.csv", 'vbbbbbbbbb0_000000.mp4,dog\n', ["vbbbbbbbbb0_000000.mp4"])])
+def test_vggsound_files_are_found_by_id_and_start(tmp_path, table, rows, names):
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / table).write_text(rows)
+    for name in names:
+        (tmp_path / name).touch()
+    clips, classes = xmkd.read_vggsound(tmp_path, skipped := [])
+    found = {c.id: (classes[c.labels[0]], c.split, c.start, c.end) for c in clips}
+    assert found["vbbbbbbbbb0_000000"] == ("dog", "eval", 0, 10) and found.get("-aaaaaaaaa0_000030", ("playing drums, loud", "train", 30, 40))[2] == 30
+    assert len(clips) == (2 if table == "vggsound.csv" else 1) and [i for i, _ in skipped] == (["cccccccccc0_000005"] if table == "vggsound.csv" else [])
+    (tmp_path / "lists" / "vggsound.csv").write_text("aaaaaaaaaaa,1,dog,validation\n")
+    with pytest.raises(xmkd.InputError, match="vggsound.csv:1: expected id, start"):
+        xmkd.read_vggsound(tmp_path)
+
+
+@needs_testdata
+def test_the_published_vggsound_list_parses_whole(tmp_path):
+    os.symlink(TESTDATA / "metadata" / "vggsound" / "test.csv", tmp_path / "test.csv")
+    (tmp_path / "6jiO0tPLK7U_000090.mp4").touch()
+    clips, classes = xmkd.read_vggsound(tmp_path, skipped := [])
+    assert len(classes) == 309 and classes[clips[0].labels[0]] == "basketball bounce" and clips[0][-2:] == (90, 100) and len(skipped) == 15445
+
+
+def test_hdf5_without_h5py_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(xmkd.InputError, match="a.hdf5: .*pip install h5py"):
+        xmkd.decode_hdf5(tmp_path / "a.hdf5")
 
 
 def test_folder_of_folders(tmp_path):
@@ -829,6 +893,54 @@ def test_a_checkpoint_can_teach_the_other_modality(tmp_path, media):
     assert xmkd.load_checkpoint(tmp_path / "audio" / "best.pt")["filter"]["adapter.weight"].shape == (48, 32)     # teacher 32-d, student 48-d
 
 
+def release(root, features=True):
+    """The authors' data release in small: annotation.json, <id>.hdf5, <Class>/<id>.npy."""
+    h5py = pytest.importorskip("h5py")
+    database = {f"v_{label}_g{i:02}_c01": {"subset": "training" if i < 8 else "validation", "label": label} for label in ("Zoo", "Ant") for i in range(11)}
+    root.mkdir()
+    (root / "annotation.json").write_text(json.dumps({"labels": ["Zoo", "Ant"], "database": database}))
+    for k, (name, entry) in enumerate(database.items()):
+        frames = torch.full((5, 3, 24, 32), 40 if entry["label"] == "Zoo" else 200, dtype=torch.uint8)
+        jpegs, ends = xmkd.pack_frames(frames)
+        with h5py.File(root / f"{name}.hdf5", "w") as file:
+            video = file.create_dataset("video", (5,), dtype=h5py.special_dtype(vlen=np.uint8))
+            for i, (a, b) in enumerate(zip([0, *ends.tolist()], ends.tolist())):
+                video[i] = jpegs[a:b].numpy()
+        if features:
+            (root / entry["label"]).mkdir(exist_ok=True)
+            np.save(root / entry["label"] / f"{name}.npy", rand(20, seed=k).numpy())
+    return root
+
+
+def test_the_authors_data_release_trains_as_it_is(tmp_path, capsys):
+    root = release(tmp_path / "ucf51")
+    (root / "Zoo" / "v_Zoo_g03_c01.npy").unlink()
+    (root / "v_Ant_g02_c01.hdf5").write_bytes(b"no hdf5")
+    out = tmp_path / "run"
+    assert xmkd.main([*TINY, "--task", "video_retrieval", "--data", str(root), "--out", str(out), "--max-skipped", "0.5"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["clips"] == {"train": 14, "eval": 6} and results["metrics"].keys() >= {"mAP", "mAP_released", "R@1"} and results["teacher"]["kind"].startswith("embeddings")
+    assert xmkd.load_checkpoint(out / "best.pt")["filter"]["adapter.weight"].shape == (32, 20) and xmkd.load_checkpoint(out / "best.pt")["classes"] == ["Zoo", "Ant"]
+    reasons = dict(list(csv.reader((out / "skipped.csv").open()))[1:])
+    assert "missing: no <clip id>.npy" in reasons["v_Zoo_g03_c01"] and "no HDF5 file with a JPEG a frame" in reasons[str(root / "v_Ant_g02_c01.hdf5")]
+
+
+def test_teacher_features_replace_the_teacher_whatever_their_width(tmp_path, media, capsys):
+    features = tmp_path / "features"
+    for k, path in enumerate(sorted((media / "train").rglob("*.mp4"))):
+        file = features / path.relative_to(media).with_suffix(".npy")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, rand(7, seed=k).numpy().astype(np.float64))
+    common = [*TINY, "--task", "action_recognition", "--data", str(media), "--cache", str(media.parent / "cache"), "--teacher-features", str(features), "--out", str(tmp_path / "run")]
+    assert xmkd.main([*common, "--compare", "kd,ccl,xmkd", "--epochs", "1"]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["teacher"] == {"kind": f"embeddings {features}"}
+    for name, array, says in (("short", np.ones(3), "expected (7,) finite numbers"), ("nan", np.full(7, np.nan), "finite"), ("objects", np.array([{}] * 7), "pickled ones are refused")):
+        path = features / "train" / "low" / "3.npy"
+        np.save(path, array)
+        assert xmkd.main(common) == 2 and says in capsys.readouterr().err, name
+    assert xmkd.main([*common, "--teacher", "scratch"]) == 2 and "exclude each other" in capsys.readouterr().err
+
+
 def test_the_pretrained_teacher_sees_frames_as_it_was_trained_to(monkeypatch):
     build = xmkd.r2plus1d_18
     monkeypatch.setattr(xmkd, "r2plus1d_18", lambda weights, progress: build())                # no download: random weights
@@ -845,6 +957,70 @@ def test_without_network_the_pretrained_teacher_gives_way_with_a_warning(tmp_pat
     monkeypatch.setattr(xmkd, "r2plus1d_18", offline)
     assert xmkd.main([*TINY, "--data", str(media), "--epochs", "1", "--out", str(tmp_path), "--cache", str(media.parent / "cache")]) == 0
     assert "cannot be had (no network)" in json.loads((tmp_path / "results.json").read_text())["warnings"][0]
+
+
+def authors_checkpoint(path, num_classes, width, prefix="module."):
+    """What the released training saves: both networks, the optimiser's state and schedulers pickled whole."""
+    student, noise_filter = xmkd.make_network("video", num_classes, width), xmkd.ModalityNoiseFilter(num_classes, 8 * width)
+    optimizers = [torch.optim.Adam(m.parameters(), 3e-4, weight_decay=5e-4) for m in (student, noise_filter)]
+    schedulers = [torch.optim.lr_scheduler.MultiStepLR(optimizers[0], [150]), torch.optim.lr_scheduler.ReduceLROnPlateau(optimizers[1], "min")]
+    student(rand(2, 3, 2, 32, 32)).logits.sum().backward()
+    optimizers[0].step()                                                # so that its state holds tensors
+    torch.save({"epoch": 7, "state_dict": {prefix + k: v for k, v in student.state_dict().items()},
+                "audio_state_dict": {prefix + k: v for k, v in noise_filter.state_dict().items()}, "optimizer": optimizers[0].state_dict(),
+                "scheduler": {"video_scheduler": schedulers[0], "audio_scheduler": schedulers[1]}}, path)
+    return student
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_authors_checkpoints_load_and_evaluate(tmp_path, media, capsys, prefix):
+    student = authors_checkpoint(tmp_path / "authors.pth", 2, 4, prefix)
+    saved = xmkd.load_checkpoint(tmp_path / "authors.pth")
+    assert saved["epoch"] == 7 and saved["network"] == {"kind": "video", "num_classes": 2, "width": 4, "blocks": [1, 1, 1, 1]}
+    xmkd.VideoNet(2, width=4).load_state_dict(saved["student"])
+    xmkd.ModalityNoiseFilter(2, 32).load_state_dict(saved["filter"])
+    assert torch.equal(saved["student"]["cls.weight"], student.cls.weight)
+    arguments = [*TINY, "--data", str(media), "--eval", str(tmp_path / "authors.pth"), "--cache", str(media.parent / "cache"), "--out", str(tmp_path / "run")]
+    for task in ((), ("--task", "video_retrieval")):
+        assert xmkd.main([*arguments, *task]) == 0, capsys.readouterr().err
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        assert results["task"] == (task[1] if task else "action_recognition") and results["method"] == "xmkd" and 0 <= results["metrics"]["top1"] <= 1
+    authors_checkpoint(tmp_path / "authors.pth", 3, 4)
+    assert xmkd.main(arguments) == 2 and re.search("knows 3 classes .* has 2 ", capsys.readouterr().err)
+    assert xmkd.main([*arguments, "--task", "audio_tagging"]) == 2 and "a checkpoint of --task action_recognition" in capsys.readouterr().err
+
+
+@needs_testdata
+@pytest.mark.parametrize("blocks", [(1, 1, 1, 1), (3, 4, 6, 3)])
+def test_released_keys_and_shapes_are_ours(formula, blocks):
+    network = xmkd.VideoNet(51, blocks)
+    assert xmkd.network_of(network.state_dict()) == {"kind": "video", "num_classes": 51, "width": 64, "blocks": [*blocks]}
+    keys = json.loads((TESTDATA / "parity" / "authors_keys.json").read_text())
+    for part, module in (("state_dict", network), ("audio_state_dict", xmkd.ModalityNoiseFilter(51))):
+        if blocks == (1, 1, 1, 1):
+            assert [(k, shape) for k, shape, _ in keys[part]] == [(k, [*v.shape]) for k, v in module.state_dict().items()]
+
+
+@needs_testdata
+@pytest.mark.parametrize("name, stages, dim", [("cnn10", 4, 512), ("cnn14_emb512", 6, 512)])
+def test_panns_checkpoints_load(tmp_path, name, stages, dim):
+    keys = json.loads((TESTDATA / "parity" / "panns_keys.json").read_text())[name]["keys"]
+    torch.save({"iteration": 600000, "model": {key: torch.zeros(shape) for key, shape, _ in keys}}, tmp_path / "panns.pth")
+    saved = xmkd.load_checkpoint(tmp_path / "panns.pth")
+    assert saved["network"] == {"kind": "audio", "num_classes": 527, "width": 64, "stages": stages, "dim": dim}
+    xmkd.AudioNet(527, stages=stages, dim=dim).load_state_dict(saved["student"])
+
+
+def test_a_panns_checkpoint_teaches_and_is_evaluated(tmp_path, media, capsys):
+    assert xmkd.network_of(xmkd.AudioNet(527, stages=6, dim=2048).state_dict())["dim"] == 2048                   # Cnn14
+    network = xmkd.AudioNet(2, width=4, stages=6, dim=20)
+    torch.save({"model": {"spectrogram_extractor.stft.conv_real.weight": torch.zeros(3), "logmel_extractor.melW": torch.zeros(3), **network.state_dict()}}, tmp_path / "panns.pth")
+    common = [*TINY, "--data", str(media), "--cache", str(media.parent / "cache")]
+    assert xmkd.main([*common, "--task", "action_recognition", "--teacher", str(tmp_path / "panns.pth"), "--out", str(tmp_path / "run")]) == 0
+    assert xmkd.load_checkpoint(tmp_path / "run" / "best.pt")["filter"]["adapter.weight"].shape == (32, 20)
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["teacher"] == {"kind": f"checkpoint {tmp_path / 'panns.pth'}"}
+    assert xmkd.main([*common, "--eval", str(tmp_path / "panns.pth"), "--out", str(tmp_path / "eval")]) == 0, capsys.readouterr().err
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["task"] == "audio_tagging"
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):

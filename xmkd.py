@@ -37,7 +37,7 @@ import statistics
 import sys
 import time
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -397,11 +397,12 @@ class AudioNet(nn.Module):
         pooled = F.relu(self.fc1(profile.amax(2) + profile.mean(2)))       # (B, dim)
         return Features(x.flatten(2).transpose(1, 2), pooled, self.fc_audioset(pooled))
 
-def make_network(kind: str, num_classes: int, width: int) -> nn.Module:
-    """The student, or a teacher from scratch, of one modality; D = 8 * width for both."""
+def make_network(kind: str, num_classes: int, width: int, **more: Any) -> nn.Module:
+    """The student, or a teacher from scratch, of one modality; D = 8 * width for both. `more`: the class's own arguments."""
     if kind == "video":        # channels-last: 1.1 to 1.5 times faster steps, same numbers
-        return VideoNet(num_classes, width=width).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    return AudioNet(num_classes, width, dim=8 * width).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    audio = AudioNet(num_classes, width, **{"dim": 8 * width, **more})
+    return audio.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 class Prepare(nn.Module):
     """Raw views -> network input in float32, on the views' device.
@@ -509,6 +510,15 @@ def decode_audio(path: str | os.PathLike[str], start: float = 0.0, end: float | 
         check_length(path, container, stream, start, end, len(samples) / rate)
     return torch.from_numpy(samples)
 
+def to_picture(frame: Any, size: tuple[int, int] | int, reformatter: VideoReformatter) -> Any:
+    """A decoded frame as (3, H, W) uint8 RGB, turned upright; `size` as in `decode_video`."""
+    turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4                # phones store the turn beside the picture
+    sides = (frame.width, frame.height)
+    target = [round(size * min(side / min(sides), 4)) for side in sides] if isinstance(size, int) else size[::-1]
+    target = target if isinstance(size, int) or turns % 2 == 0 else target[::-1]
+    image = reformatter.reformat(frame, *target, "rgb24", threads=1).to_ndarray()
+    return np.rot90(image, turns).transpose(2, 0, 1)
+
 def decode_video(path: str | os.PathLike[str], start: float = 0.0, end: float | None = None, fps: float = 4.0,
                  size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the file's best video stream at a fixed rate: (T, 3, H, W) uint8 RGB, T = ceil(seconds * fps).
@@ -519,35 +529,44 @@ def decode_video(path: str | os.PathLike[str], start: float = 0.0, end: float | 
     """
     frames: list[Any] = []
     reformatter, shown, shown_image, last = VideoReformatter(), None, None, start
-
-    def show(frame: Any) -> Any:
-        turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4            # phones store the turn beside the picture
-        sides = (frame.width, frame.height)
-        target = [round(size * min(side / min(sides), 4)) for side in sides] if isinstance(size, int) else size[::-1]
-        target = target if isinstance(size, int) or turns % 2 == 0 else target[::-1]
-        image = reformatter.reformat(frame, *target, "rgb24", threads=1).to_ndarray()
-        return np.rot90(image, turns).transpose(2, 0, 1)
-
     with open_media(path) as container:
         stream = open_stream(path, container, "video")
         period = 1 / float(stream.average_rate or 25)
         for seconds, frame in itertools.chain(timed_frames(container, stream, start, end), [(math.inf, None)]):
             stop = min(seconds, last + period if frame is None else math.inf, math.inf if end is None else end)
             while shown is not None and start + len(frames) / fps < stop - 1e-6:
-                shown_image = show(shown) if shown_image is None else shown_image
+                shown_image = to_picture(shown, size, reformatter) if shown_image is None else shown_image
                 frames.append(shown_image)
             shown, shown_image, last = frame, None, seconds if frame is not None else last
         check_length(path, container, stream, start, end, last + period - start if frames else 0.0)
     return torch.from_numpy(np.stack(frames))
 
+def decode_hdf5(path: str | os.PathLike[str], size: tuple[int, int] | int = (128, 171)) -> Tensor:
+    """Frames of the authors' HDF5 files (dataset `video`, one JPEG a frame) as they are: (T, 3, H, W) uint8 RGB.
+
+    size as in `decode_video`. Raises InputError: h5py is not installed, or the file is not of this kind.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise InputError(f"{os.fspath(path)}: frames in HDF5 need the package h5py; pip install h5py") from error
+    codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()
+    codec.thread_count = 1
+    try:
+        with h5py.File(path) as file:
+            packets = [av.Packet(np.asarray(jpeg, np.uint8).tobytes()) for jpeg in file["video"]]
+        return torch.from_numpy(np.stack([to_picture(codec.decode(packet)[0], size, reformatter) for packet in packets]))
+    except (OSError, KeyError, ValueError, IndexError, av.error.FFmpegError) as error:
+        raise InputError(f"{os.fspath(path)}: no HDF5 file with a JPEG a frame in `video` ({error})") from error
+
 # ============================================== 5. Data sets
 class Clip(NamedTuple):
-    """One sample of a data set. Times are those of the list; `load_clip` maps them onto the file."""
+    """One sample of a data set. Times are those of the list; `load_stream` maps them onto the file."""
     id: str
     labels: tuple[int, ...]      # indices into the class names, at least one
     split: str                   # "train" or "eval"
-    audio: str | None            # path of the file that holds the sound
-    video: str | None            # path of the file that holds the picture; often the same
+    audio: str | None = None     # path of the file that holds the sound
+    video: str | None = None     # path of the file that holds the picture; often the same
     start: float = 0.0           # seconds
     end: float | None = None     # None: to the end of the file
 
@@ -569,14 +588,52 @@ def walk_files(root: str | os.PathLike[str]) -> Iterator[str]:
 
 def walk_media(root: str | os.PathLike[str]) -> list[str]:
     """Sorted paths of the media files under `root`, told by extension."""
-    pictures = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg")
+    pictures = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".hdf5")
     return sorted(path for path in walk_files(root) if is_sound_only(path) or path.lower().endswith(pictures))
 
-def nothing_found(listed: Sequence[str], media: Sequence[str], root: str | os.PathLike[str]) -> InputError:
-    """The error for lists of which no clip has a file: shows three of each, so that the difference is seen."""
-    names = [os.path.basename(path) for path in media]
-    return InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: "
-                      f"{', '.join(listed[:3]) or 'none'}; files seen: {', '.join(names[:3]) or 'none'}; names must agree")
+def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]], root: str | os.PathLike[str],
+                skipped: list[tuple[str, str]]) -> list[Clip]:
+    """The listed clips with their files under `root`; sound and picture may be two. Those without go to `skipped`.
+
+    owners  keys of `listed` that a file name stands for.  Raises InputError, with three ids and names, where none has a file.
+    """
+    sound: dict[str, str] = {}
+    picture: dict[str, str] = {}
+    media = walk_media(root)
+    for path in media:
+        for key in owners(os.path.basename(path)):
+            (sound if is_sound_only(path) else picture).setdefault(key, path)              # of copies the first
+    if not sound.keys() | picture.keys():
+        names = [os.path.basename(path) for path in media]
+        raise InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: "
+                         f"{', '.join([*listed][:3]) or 'none'}; files seen: {', '.join(names[:3]) or 'none'}; names must agree")
+    skipped += [(clip.id, "missing: listed, but no file has its name") for key, clip in listed.items()
+                if key not in sound and key not in picture]
+    frames = {key for key, path in picture.items() if path.endswith(".hdf5")}              # hold no sound
+    return [clip._replace(audio=sound.get(key, None if key in frames else picture.get(key)), video=picture.get(key))
+            for key, clip in listed.items() if key in sound or key in picture]
+
+def read_segments(table: str, split: str, index_of: dict[str, int], listed: dict[str, Clip],
+                  skipped: list[tuple[str, str]]) -> None:
+    """Adds the rows of an AudioSet list, `id, start, end, "mid,mid"`, to `listed`; tolerates what editors do to such files."""
+    with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
+        for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
+            fields = [f for f in (field.strip(' "') for field in ",".join(row).split(",")) if f]
+            if not fields or fields[0].startswith("#"):
+                continue
+            try:
+                ytid, start, end, mids = fields[0], float(fields[1]), float(fields[2]), fields[3:]
+                if not (len(ytid) == 11 and 0 <= start < end < math.inf and mids):
+                    raise ValueError
+            except (ValueError, IndexError):
+                raise InputError(f"{table}:{number}: expected 'id, start, end, \"label,label\"' with 11 characters of "
+                                 f"id, 0 <= start < end, got {','.join(row)!r}; mend or remove the line") from None
+            if unknown := [mid for mid in mids if mid not in index_of]:
+                raise InputError(f"{table}:{number}: unknown label {unknown[0]!r}, it is not in class_labels_indices.csv")
+            if ytid in listed:
+                skipped.append((f"{ytid} ({table}:{number})", "listed twice; the first row counts"))
+            labels = tuple(sorted({index_of[mid] for mid in mids}))
+            listed.setdefault(ytid, Clip(ytid, labels, split, start=start, end=end))
 
 def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
                   skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
@@ -585,7 +642,7 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
     split    training list: "balanced", "unbalanced" or "all"; the eval list is always read.
     skipped  if given, gets (id, reason) of every listed clip without a file.
     A file belongs to the listed 11-character id at the start of its name, after an optional prefix Y, v_, id_ or v,
-    wherever it lies. Sound and picture may lie in two files. Raises InputError naming file and line.
+    wherever it lies. Raises InputError naming file and line.
     """
     skipped = [] if skipped is None else skipped
     tables = sorted(path for path in walk_files(root) if path.endswith(".csv"))
@@ -598,46 +655,15 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
         classes, index_of = [row["display_name"] for row in rows], {row["mid"]: i for i, row in enumerate(rows)}
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{labels_file}: expected UTF-8 with a header index,mid,display_name ({error!r})") from error
-
-    listed: dict[str, tuple[str, float, float, tuple[int, ...]]] = {}
+    listed: dict[str, Clip] = {}
     for table in tables:
         kind = next((k for k in ("unbalanced", "balanced", "eval") if k in os.path.basename(table)), "")
-        if not table.endswith("_segments.csv") or not kind or (kind != "eval" and split not in (kind, "all")):
-            continue
-        with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
-            for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
-                fields = [f for f in (field.strip(' "') for field in ",".join(row).split(",")) if f]
-                if not fields or fields[0].startswith("#"):
-                    continue
-                try:
-                    ytid, start, end, mids = fields[0], float(fields[1]), float(fields[2]), fields[3:]
-                    if not (len(ytid) == 11 and 0 <= start < end < math.inf and mids):
-                        raise ValueError
-                except (ValueError, IndexError):
-                    raise InputError(f"{table}:{number}: expected 'id, start, end, \"label,label\"' with 11 characters of "
-                                     f"id, 0 <= start < end, got {','.join(row)!r}; mend or remove the line") from None
-                if unknown := [mid for mid in mids if mid not in index_of]:
-                    raise InputError(f"{table}:{number}: unknown label {unknown[0]!r}, it is not in {labels_file}")
-                labels = tuple(sorted({index_of[mid] for mid in mids}))
-                if ytid in listed:
-                    skipped.append((f"{ytid} ({table}:{number})", "listed twice; the first row counts"))
-                listed.setdefault(ytid, ("eval" if kind == "eval" else "train", start, end, labels))
-    sound: dict[str, str] = {}
-    picture: dict[str, str] = {}
-    media = walk_media(root)
-    for path in media:
-        name = os.path.basename(path)
-        for prefix in ("", "Y", "v_", "id_", "v"):            # bare id first: ids may begin with any of the prefixes
-            ytid = name[len(prefix):len(prefix) + 11]
-            if name.startswith(prefix) and ytid in listed:
-                (sound if is_sound_only(path) else picture).setdefault(ytid, path)   # copies in label folders: first one
-                break
-    clips = [Clip(ytid, labels, part, sound.get(ytid, picture.get(ytid)), picture.get(ytid), start, end)
-             for ytid, (part, start, end, labels) in listed.items() if ytid in sound or ytid in picture]
-    if not clips:
-        raise nothing_found(list(listed), media, root)
-    skipped += [(i, "missing: listed, but no file has its id") for i in listed if i not in sound and i not in picture]
-    return clips, classes
+        if table.endswith("_segments.csv") and kind and (kind == "eval" or split in (kind, "all")):
+            read_segments(table, "eval" if kind == "eval" else "train", index_of, listed, skipped)
+    def owners(name: str) -> list[str]:                       # bare id first: ids may begin with any of the prefixes
+        starts = [name[len(prefix):len(prefix) + 11] for prefix in ("", "Y", "v_", "id_", "v") if name.startswith(prefix)]
+        return [ytid for ytid in starts if ytid in listed][:1]
+    return match_files(listed, owners, root, skipped), classes
 
 def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
                 skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
@@ -660,24 +686,81 @@ def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
                                     ("classInd.txt", f"trainlist0{fold}.txt", f"testlist0{fold}.txt"))
     except OSError as error:
         raise InputError(f"{error.filename} is missing; it is part of UCF-101's train/test lists (--fold 1, 2 or 3)") from None
-    listed = [(part, line.split()[0]) for part, lines in (("train", train), ("eval", evaluation)) for line in lines if line.strip()]
     classes = sorted(line.split()[-1] for line in names if line.strip() and line.split()[-1].lower() in with_sound)
-    index_of = {name.lower(): i for i, name in enumerate(classes)}
-    media = walk_media(folders.get("ucf-101", Path(root)))
-    file_of = {Path(path).stem.lower(): path for path in media if not is_sound_only(path)}
-    clips = []
-    for part, entry in listed:
-        folder, stem = entry.split("/")[0].lower(), Path(entry).stem
-        path = file_of.get(stem.lower())
-        if folder not in index_of:
-            skipped.append((entry, "its class is not among the 51 that have sound, or not in classInd.txt"))
-        elif path is None:
-            skipped.append((entry, "missing: listed, but no file has its name"))
-        else:
-            clips.append(Clip(Path(path).stem, (index_of[folder],), part, path, path))
-    if not clips:
-        raise nothing_found([entry for _, entry in listed], media, root)
-    return clips, classes
+    index_of, listed = {name.lower(): i for i, name in enumerate(classes)}, {}
+    for part, lines in (("train", train), ("eval", evaluation)):
+        for entry in [line.split()[0] for line in lines if line.strip()]:
+            folder, stem = entry.split("/")[0].lower(), Path(entry).stem
+            if folder in index_of:
+                listed[stem.lower()] = Clip(stem, (index_of[folder],), part)
+            else:
+                skipped.append((entry, "its class is not among the 51 that have sound, or not in classInd.txt"))
+    def owners(name: str) -> list[str]:
+        stem = os.path.splitext(name)[0].lower()
+        return [stem] if stem in listed and not is_sound_only(name) else []
+    return match_files(listed, owners, folders.get("ucf-101", Path(root)), skipped), classes
+
+def annotation_file(root: str | os.PathLike[str]) -> str | None:
+    """The JSON that `read_annotations` reads."""
+    return next((path for path in walk_files(root) if (name := os.path.basename(path)) == "annotation.json"
+                 or (name.startswith("activity_net") and name.endswith(".json"))), None)
+
+def read_annotations(root: str | os.PathLike[str],
+                     skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
+    """ActivityNet's `activity_net*.json` with `v_<id>.*` videos, or the authors' `annotation.json` with `<id>.hdf5` frames.
+
+    Each annotated segment is a clip (authors); its file is `<clip id>.*`, cut already, or the whole video `v_<id>.*`.
+    Class order is that of the file's `labels`, else alphabetical. Raises InputError.
+    """
+    skipped, path = [] if skipped is None else skipped, annotation_file(root)
+    listed: dict[str, Clip] = {}
+    segments: dict[str, list[str]] = {}                                         # whole video: its clips
+    try:
+        content = json.loads(Path(path or root).read_text(encoding="utf-8"))
+        entries = [(f"v_{key}_{k}" if "annotations" in entry else key, entry["subset"], note) for key, entry in
+                   content["database"].items() for k, note in enumerate(entry.get("annotations", [entry]))]
+        classes = list(content.get("labels") or sorted({note["label"] for _, _, note in entries}))
+        index_of = {name: i for i, name in enumerate(classes)}
+        for name, subset, note in entries:
+            if subset in ("training", "validation"):
+                start, end = note.get("segment", (0.0, None))
+                part = "train" if subset == "training" else "eval"
+                listed[name.lower()] = Clip(name, (index_of[note["label"]],), part, None, None, start, end)
+                segments.setdefault(name.lower().rpartition("_")[0], []).append(name.lower())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: expected `database` of id: subset, label, segment or annotations ({error!r})") from error
+    def owners(name: str) -> list[str]:
+        stem = os.path.splitext(name)[0].lower()
+        return [stem] if stem in listed else segments.get(stem, segments.get(f"v_{stem}", []))
+    return match_files(listed, owners, root, skipped), classes
+
+def read_vggsound(root: str | os.PathLike[str],
+                  skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
+    """VGGSound: `vggsound.csv` (id, start, label, split) or `train.csv` and `test.csv` (file, label), `<id>_<start:06d>.*`.
+
+    A clip lasts 10 s. Other downloaders' `v<id>_<start>_...` is found too. Raises InputError naming file and line.
+    """
+    skipped, rows = [] if skipped is None else skipped, {}
+    tables = {os.path.basename(path): path for path in walk_files(root) if path.endswith(".csv")}
+    for table in [tables[n] for n in (["vggsound.csv"] if "vggsound.csv" in tables else ["train.csv", "test.csv"]) if n in tables]:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
+                try:
+                    if len(row) == 2:
+                        row = [row[0][:11], os.path.splitext(row[0])[0][12:], row[1], Path(table).stem]
+                    ytid, start, label, split = row
+                    rows[f"{ytid}_{int(start):06d}"] = (label, {"train": "train", "test": "eval"}[split], float(start))
+                except (ValueError, KeyError):
+                    raise InputError(f"{table}:{number}: expected id, start in seconds, label, train or test; got {row!r}; "
+                                     "mend or remove the line") from None
+    classes = sorted({label for label, _, _ in rows.values()})
+    index_of = {label: i for i, label in enumerate(classes)}
+    listed = {key: Clip(key, (index_of[label],), part, None, None, start, start + 10)
+              for key, (label, part, start) in rows.items()}
+    def owners(name: str) -> list[str]:
+        keys = [f"{n[:11]}_{os.path.splitext(n[12:])[0].split('_')[0].zfill(6)}" for n in (name, name.removeprefix("v"))]
+        return [key for key in keys if key in listed][:1]
+    return match_files(listed, owners, root, skipped), classes
 
 def read_folder(root: str | os.PathLike[str],
                 skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
@@ -706,6 +789,8 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
     path, start, end = clip.audio if kind == "audio" else clip.video, clip.start, clip.end
     if path is None:
         raise InputError(f"{clip.id}: no file with a {kind} stream")
+    if path.endswith(".hdf5"):
+        return decode_hdf5(path, size)
     if start > 0 and end is not None:
         with open_media(path) as container:
             duration = (container.duration or 0) / av.time_base
@@ -1181,10 +1266,38 @@ def make_teacher(data: Data, spec: ViewSpec, settings: dict[str, Any], folder: P
     return network, {"kind": "from scratch", "same_classes": True, "epoch": saved["epoch"], "held_out": saved["metrics"],
                      "trained_on": known}
 
+def find_features(folder: str | os.PathLike[str], clips: Sequence[Clip]) -> dict[str, str]:
+    """Path of `<clip id>.npy` anywhere under `folder`, by clip id; without case, and by the id's last part where that is unique."""
+    paths = sorted(path for path in walk_files(folder) if path.endswith(".npy"))
+    named = {os.path.splitext(os.path.relpath(path, folder))[0].lower(): path for path in paths}
+    stems = Counter(name.rpartition("/")[2] for name in named)
+    named.update({stem: path for name, path in [*named.items()] if stems[stem := name.rpartition("/")[2]] == 1})
+    found = {clip.id: named.get(clip.id.lower()) or named.get(clip.id.lower().rpartition("/")[2]) for clip in clips}
+    return {key: path for key, path in found.items() if path}
+
+def read_features(folder: str | os.PathLike[str], data: Data) -> Tensor:
+    """Teacher embeddings (D,) of the training clips from `find_features`: (N, D), zeros elsewhere. Raises InputError."""
+    files, rows = find_features(folder, data.store.clips), {}
+    for i in data.train:
+        path = files[data.store.clips[i].id]
+        try:
+            rows[i] = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        except (ValueError, TypeError, OSError, EOFError) as error:
+            raise InputError(f"{path}: no NumPy array of numbers ({error}); pickled ones are refused") from error
+        shape = rows[data.train[0]].shape
+        if rows[i].ndim != 1 or rows[i].shape != shape or not rows[i].isfinite().all():
+            raise InputError(f"{path}: shape {tuple(rows[i].shape)}; expected ({shape[0] if shape else 'D'},) finite numbers, "
+                             "one embedding a clip, the same width for all")
+    embeddings = torch.zeros(len(data.store.clips), len(rows[data.train[0]]))
+    embeddings[data.train] = torch.stack([rows[i] for i in data.train])
+    return embeddings
+
 def embed_clips(data: Data, spec: ViewSpec, settings: dict[str, Any], cache: Path,
                 console: Console) -> tuple[Tensor, dict[str, Any]]:
     """Teacher embeddings of the training clips (N, D), zeros elsewhere, and what the teacher is; kept in `cache`."""
     choice, network = settings["teacher"], None
+    if "teacher_features" in settings:
+        return read_features(settings["teacher_features"], data), {"kind": f"embeddings {settings['teacher_features']}"}
     if choice == "auto" and settings["data"] != "demo":
         reason = "torchaudio has no pretrained tagging network"
         if spec.kind == "video":
@@ -1257,19 +1370,43 @@ def save(path: Path, content: Any) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint of this program, on the CPU; no code in the file is run. Raises InputError.
+def network_of(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of `make_network` that a state dict fits. KeyError if it is of another family."""
+    if "conv_block1.conv1.weight" in state:
+        return {"kind": "audio", "num_classes": len(state["fc_audioset.weight"]), "width": len(state["conv_block1.conv1.weight"]),
+                "stages": sum(f"conv_block{i}.conv1.weight" in state for i in range(1, 7)), "dim": len(state["fc1.weight"])}
+    blocks = [len({key.split(".")[2] for key in state if key.startswith(f"conv{i}.blocks.")}) + 1 for i in range(2, 6)]
+    return {"kind": "video", "num_classes": len(state["cls.weight"]), "width": len(state["conv1.temporal_conv.weight"]),
+            "blocks": blocks}
 
-    Keys: `student` (state dict for VideoNet or AudioNet), `filter` (for ModalityNoiseFilter; empty for the student alone),
-    `network` (arguments of `make_network`), `task`, `method`, `seed`, `classes`, `settings`, `versions`, `epoch`.
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint of this program, of the authors or of PANNs, on the CPU; no code in the file is run. Raises InputError.
+
+    Keys: `student` (state dict for VideoNet or AudioNet), `filter` (for ModalityNoiseFilter; empty without one),
+    `network` (arguments of `make_network`), `task`, `method`, `seed`, `classes`, `settings`, `versions`, `epoch`; of
+    others' checkpoints `task` and `classes` are None. The authors' pickled schedulers are admitted by class, then dropped.
     """
+    known = [value for module in (torch.optim, torch.optim.lr_scheduler) for value in vars(module).values()
+             if isinstance(value, type) and issubclass(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler))]
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        plain = (lambda factory: OrderedDict(), "collections.defaultdict")     # the loader fills no defaultdict
+        with torch.serialization.safe_globals([*known, Counter, dict, plain]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                          # a dozen kinds, by what is wrong with the file
-        raise InputError(f"{path} is no readable checkpoint: {str(error).splitlines()[0][:150]}") from error
-    if not isinstance(content, dict) or not {"student", "network", "classes"} <= content.keys():
-        raise InputError(f"{path} is no checkpoint of this program: it lacks 'student', 'network' or 'classes'")
-    return content
+        reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
+        raise InputError(f"{path} is no readable checkpoint: {reason.splitlines()[0][:150]}") from error
+    if isinstance(content, dict) and {"student", "network", "classes"} <= content.keys():
+        return content
+    try:
+        front_end = ("spectrogram_extractor.", "logmel_extractor.")     # PANNs keeps the constants of its log-mel
+        student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in state.items()
+                                  if not key.replace("module.", "").startswith(front_end)}
+                                 for state in (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {})))
+        return {"student": student, "filter": noise_filter, "network": network_of(student), "task": None, "classes": None,
+                "method": "xmkd" if noise_filter else "student", "seed": 3, "settings": {}, "versions": {},
+                "epoch": content.get("epoch", content.get("iteration", 0))}
+    except (AttributeError, KeyError) as error:
+        raise InputError(f"{path} is no checkpoint of this program, of the paper's authors or of PANNs ({error!r})") from error
 
 def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits that change when any of the parts does."""
@@ -1283,11 +1420,13 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # defaul
             "margin": 0.2, "sparsity": 1e-3, "width": 64, "epochs": 200, "batch_size": 32, "lr": 3e-4,
             "weight_decay": 5e-4, "eval_every": 5, "seed": 3, "seeds": 1, "resume": False, "device": "auto",
             "workers": min(8, (os.cpu_count() or 2) // 2), "quiet": False},
-    "audioset": {"epochs": 60},                                         # about the updates of UCF51's recipe
+    "audioset": {"epochs": 60},                                         # about the updates of UCF51's recipe (ours)
+    "vggsound": {"epochs": 10},                                         # likewise
+    "activitynet": {"batch_size": 64, "csc_offset": 0.2},               # authors
     "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
              "crop_area": 0.7, "csc_offset": 0.3},
 }
-RUN_OPTIONS = {"out", "cache", "eval", "resume", "workers", "device", "quiet", "compare", "method", "seeds", "seed", "epochs",
+RUN_OPTIONS = {"out", "cache", "eval", "resume", "teacher_features", "workers", "device", "quiet", "compare", "method", "seeds", "seed", "epochs",
                "max_skipped"}                                           # what a checkpoint may differ in and be resumed
 
 def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
@@ -1331,6 +1470,7 @@ def build_parser() -> argparse.ArgumentParser:
              "'paper' for all (default on the demo: student,xmkd)"),
             ("teacher", str, "auto: the public pretrained network where it can be had, else one from scratch; scratch; or "
              "FILE, a checkpoint of the other modality"),
+            ("teacher-features", str, "folder with an embedding (D,) a clip, <clip id>.npy, instead of a teacher; any D"),
             ("teacher-epochs", count, "epochs of a teacher from scratch (ours)"),
             ("csc-offset", number(float, 1e-6, 10), "makes the temperature: similarity + offset (authors; ActivityNet 0.2)"),
             ("margin", number(float, 0, 2), "margin of the triplet term, cosine (authors)"),
@@ -1369,21 +1509,30 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
+READERS: dict[str, Callable[..., tuple[list[Clip], list[str]]]] = {
+    "audioset": read_audioset, "ucf101": read_ucf101, "activitynet": read_annotations, "annotation": read_annotations,
+    "vggsound": read_vggsound, "folder": read_folder}
+
 def find_layout(root: str) -> str:
-    """"demo", "ucf101", "audioset" or "folder". Raises InputError naming the layouts looked for."""
+    """"demo" or a key of READERS. Raises InputError naming the layouts looked for."""
     if root == "demo":
         return "demo"
     if not os.path.isdir(root):
         raise InputError(f"--data {root} is not a folder; give one, or 'demo'")
-    inside = {name.lower() for name in os.listdir(root)}
+    inside, files = {name.lower() for name in os.listdir(root)}, {os.path.basename(path) for path in walk_files(root)}
     if "ucftraintestlist" in inside:
         return "ucf101"
-    if any(os.path.basename(path) == "class_labels_indices.csv" for path in walk_files(root)):
+    if "class_labels_indices.csv" in files:
         return "audioset"
+    if annotation := annotation_file(root):                             # the authors' UCF51 list has no segments
+        return "activitynet" if '"segment"' in Path(annotation).read_text(encoding="utf-8", errors="replace") else "annotation"
+    if "vggsound.csv" in files:
+        return "vggsound"
     if {"train", "val"} & inside:
         return "folder"
     raise InputError(f"--data {root} has no known layout; looked for AudioSet (class_labels_indices.csv, *_segments.csv), "
-                     "UCF-101 (UCF-101/, ucfTrainTestlist/) and a folder of folders (train/<label>/*, val/<label>/*)")
+                     "UCF-101 (UCF-101/, ucfTrainTestlist/), ActivityNet (activity_net*.json), the authors' release "
+                     "(annotation.json), VGGSound (vggsound.csv) and a folder of folders (train/<label>/*, val/<label>/*)")
 
 def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, console: Console) -> Data:
     """Indexes a data set, decodes it, prints what was found, writes skipped.csv; settings["seconds"] is fitted to the clips."""
@@ -1392,18 +1541,23 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
         raise InputError(f"--task {task} needs one label a clip, and AudioSet's clips have several; use --task audio_tagging")
     if layout == "demo":
         clips, classes = demo_clips(tags=task == "audio_tagging")
-    elif layout == "audioset":
-        clips, classes = read_audioset(root, settings["split"], skipped)
     else:
-        clips, classes = read_ucf101(root, settings["fold"], skipped) if layout == "ucf101" else read_folder(root, skipped)
+        choice = {"audioset": {"split": settings["split"]}, "ucf101": {"fold": settings["fold"]}}.get(layout, {})
+        clips, classes = READERS[layout](root, **choice, skipped=skipped)
     parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
     # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
     student, side = STUDENT_KIND[task], round(settings["size"] * 128 / 112)   # 112 is cropped from a shorter side of 128
+    features = None if evaluating or "teacher_features" not in settings else find_features(settings["teacher_features"], clips)
     both, alone = ("audio", "video"), (student,)
-    needs = {"train": alone if evaluating and layout != "ucf101" else both, "eval": both if layout == "ucf101" else alone}
+    paired = layout == "ucf101" and features is None                        # UCF51: clips without sound are in neither list
+    needs = {"train": both if paired or not (evaluating or features is not None) else alone, "eval": both if paired else alone}
     listed = len(clips) + sum(reason.startswith("missing") for _, reason in skipped)
     lacking = {clip for clip in clips for kind in needs[clip.split] if not (clip.audio if kind == "audio" else clip.video)}
     skipped += [(clip.audio or clip.id, "missing: no file with the other stream") for clip in lacking]
+    if features is not None:
+        without = [clip for clip in clips if clip.split == "train" and clip.id not in features]
+        skipped += [(clip.id, f"missing: no <clip id>.npy under {settings['teacher_features']}") for clip in without]
+        lacking.update(without)
     clips = [clip for clip in clips if clip.split in parts and clip not in lacking]
     counts = {part: sum(clip.split == part for clip in clips) for part in parts}
     console.say(f"data    {root} ({layout}): {len(classes)} classes, {listed:,} clips listed; with all their files: "
@@ -1462,11 +1616,18 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     other = next((name for name in ("compare", "method", "resume", "teacher") if name in given), None)
     if saved and other:
         raise InputError(f"--eval evaluates one checkpoint and cannot go with --{other}; leave one out")
+    if "teacher" in given and "teacher_features" in given:
+        raise InputError(f"--teacher {given['teacher']} and --teacher-features {given['teacher_features']} exclude each other; give one")
+    if saved and saved["task"] is None:                                  # the authors' or PANNs'
+        tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
+        saved["task"] = given["task"] if given.get("task") in tasks else tasks[0]
     if saved and given.get("task", saved["task"]) != saved["task"]:
         raise InputError(f"--eval {given['eval']} is a checkpoint of --task {saved['task']}, not of {given['task']}")
     inherited = {name: value for name, value in saved.get("settings", {}).items() if name not in RUN_OPTIONS - {"seed"}}
     layout = find_layout(given.get("data", inherited.get("data", "demo")))
-    settings = {**RECIPES["all"], **RECIPES.get(layout, {}), **inherited, **given}
+    settings = {**RECIPES["all"], **RECIPES.get(layout, {}), "task": saved.get("task", "audio_tagging"), **inherited, **given}
+    if layout in ("annotation", "activitynet") and "teacher" not in given and any(Path(settings["data"]).rglob("*.npy")):
+        settings.setdefault("teacher_features", settings["data"])        # the authors' release brings them
     if settings["device"] == "auto":
         settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -1498,7 +1659,8 @@ def run(given: dict[str, Any]) -> None:
     if saved:
         if saved["network"]["kind"] != kind:
             raise InputError(f"--eval {given['eval']} is a teacher, a network for {saved['network']['kind']}; give a student's")
-        if data.classes != saved["classes"]:
+        if data.classes != saved["classes"] and (saved["classes"] or len(data.classes) != saved["network"]["num_classes"]):
+            saved["classes"] = saved["classes"] or ["?"] * saved["network"]["num_classes"]
             raise InputError(f"--eval {given['eval']} knows {len(saved['classes'])} classes ({', '.join(saved['classes'][:3])}, "
                              f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); they must "
                              "be the same")
