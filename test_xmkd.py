@@ -714,14 +714,59 @@ def test_views_follow_from_their_seed_and_not_from_the_worker(tmp_path):
         loader = data.loader(data.train, spec, "train", 4, workers, seed=5)
         loader.batch_sampler.epoch = 3
         torch.manual_seed(workers)
-        batches.append([views for views, _, _ in loader])
-    assert len(batches[0]) == 3 and all(torch.equal(a, b) for a, b in zip(*batches))
+        batches.append([[views, boxes] for views, boxes, *_ in loader])
+    assert len(batches[0]) == 3 and all(torch.equal(x, y) for a, b in zip(*batches) for x, y in zip(a, b))
     views = xmkd.Views(data.store, spec, "train", data.labels)
-    assert views[0, 1][0].shape == (4, 3, 16, 16) and not torch.equal(views[0, 1][0], views[0, 2][0])
-    windows, = xmkd.Views(data.store, spec, "test", data.labels)[0, 0]
-    assert windows.shape == (2, 4, 3, 16, 16)                                      # 6 frames: a window of 4, then one of 2, looped
-    sound = xmkd.Views(data.store, xmkd.ViewSpec("audio", samples=48000), "train", data.labels)[0, 1][0]
+    assert views[0, 1][0].shape == (1, 4, 3, 24, 24) and not torch.equal(views[0, 1][1], views[0, 2][1])
+    windows, boxes = xmkd.Views(data.store, spec, "test", data.labels)[0, 0]
+    assert windows.shape == (2, 4, 3, 24, 24) and boxes.tolist() == [[0, 0, 24, 24]] * 2     # 6 frames: a window of 4, then one of 2, looped
+    (sound,), _ = xmkd.Views(data.store, xmkd.ViewSpec("audio", samples=48000), "train", data.labels)[0, 1][:2]
     assert sound.shape == (48000,) and torch.equal(sound[:16000], sound[32000:])   # one second, looped
+
+
+def test_boxes_cut_scale_and_mirror_as_their_definition_says():
+    frames, size = (rand(2, 3, 3, 20, 30, seed=1) * 255).to(torch.uint8), 6
+    boxes = torch.tensor([[4.0, 3.0, 19.0, 14.0], [25.5, 2.0, 7.25, 20.0]])                  # the second one mirrors
+    prepare = xmkd.Prepare(size)
+    ours = prepare(frames, boxes) * prepare.std + prepare.mean
+    def bilinear(image, y, x):                                                               # pixel centres lie at .5
+        y, x = min(max(y - 0.5, 0), 19), min(max(x - 0.5, 0), 29)
+        (top, left), (dy, dx) = (int(y), int(x)), (y % 1, x % 1)
+        below, right = min(top + 1, 19), min(left + 1, 29)
+        return float((1 - dy) * ((1 - dx) * image[top, left] + dx * image[top, right]) + dy * ((1 - dx) * image[below, left] + dx * image[below, right]))
+    for b, t, c, i, j in ((0, 0, 0, 0, 0), (0, 2, 1, 5, 2), (1, 1, 2, 0, 0), (1, 2, 0, 3, 5), (1, 0, 1, 5, 4)):
+        x1, y1, x2, y2 = boxes[b].tolist()
+        parts = [bilinear(frames[b, t, c].float(), y1 + (y2 - y1) * (i + u) / size, x1 + (x2 - x1) * (j + v) / size) for u in (0.25, 0.75) for v in (0.25, 0.75)]
+        assert ours[b, c, t, i, j].item() == pytest.approx(sum(parts) / 4 / 255, abs=1e-5)
+    plain, mirrored = (prepare(frames[:1], torch.tensor([box])) for box in ([2.0, 1.0, 18.0, 17.0], [18.0, 1.0, 2.0, 17.0]))
+    assert torch.allclose(plain.flip(-1), mirrored, atol=1e-5)
+    smooth = torch.linspace(0, 255, 40).expand(1, 1, 3, 30, 40).to(torch.uint8)
+    reference = xmkd.v2.functional.resized_crop(smooth[0, 0], 3, 5, 24, 32, [12, 12], antialias=True)
+    ours = xmkd.Prepare(12)(smooth, torch.tensor([[5.0, 3.0, 37.0, 27.0]]))[0, :, 0] * prepare.std[:, 0] + prepare.mean[:, 0]
+    assert (ours * 255 - reference).abs().max() < 2
+
+
+def test_random_boxes_keep_to_frame_area_and_shape(tmp_path):
+    data = demo_data(tmp_path, clips=1)
+    views = xmkd.Views(data.store, xmkd.ViewSpec("video", 4, 16, crop_area=0.5), "train", data.labels)
+    torch.manual_seed(0)
+    boxes = torch.cat([views.random_box(torch.zeros(1, 3, 60, 80)) for _ in range(300)])
+    width, height = (boxes[:, 2] - boxes[:, 0]), boxes[:, 3] - boxes[:, 1]
+    assert 0.4 < (width < 0).float().mean() < 0.6 and boxes.min() >= 0 and boxes[:, [0, 2]].max() <= 80 and boxes[:, 3].max() <= 60
+    area, ratio = width.abs() * height / 4800, width.abs() / height
+    assert area.min() > 0.48 and area.max() <= 1 and ratio.min() > 0.72 and ratio.max() < 1.37
+    still = xmkd.Views(data.store, xmkd.ViewSpec("video", 4, 16, flip=False), "train", data.labels)
+    assert all((box := still.random_box(torch.zeros(1, 3, 60, 80))[0])[2] > box[0] for _ in range(50))
+
+
+def test_frames_of_unequal_size_share_a_batch_and_their_crops_do_not_notice():
+    frames = [(rand(1, 2, 3, 20, w, seed=w) * 255).to(torch.uint8) for w in (30, 24)]
+    boxes = [torch.tensor([[0.0, 0.0, w, 20.0]]) for w in (30, 24)]
+    views, joined, counts = xmkd.join_views([*zip(frames, boxes)])
+    assert counts == [1, 1] and views.shape == (2, 2, 3, 20, 30)
+    for size in (8, 64):                                                             # shrunk, and enlarged up to the very edge
+        together = xmkd.Prepare(size)(views, joined)
+        assert all(torch.allclose(together[i], xmkd.Prepare(size)(frames[i], boxes[i])[0], atol=1e-5) for i in (0, 1))
 
 
 def test_a_last_batch_of_one_joins_the_one_before():
@@ -844,13 +889,13 @@ def test_stop_and_resume_equals_one_straight_run(tmp_path, media):
 def test_the_student_memorises_eight_clips(tmp_path):
     data = demo_data(tmp_path, clips=10)
     torch.manual_seed(0)
-    network, prepare = xmkd.make_network("video", 10, 8), xmkd.Prepare()
+    network, prepare = xmkd.make_network("video", 10, 8), xmkd.Prepare(24)
     noise_filter = xmkd.ModalityNoiseFilter(10, 64, teacher_dim=16)
     optimizer = xmkd.make_optimizer(network, noise_filter, lr=3e-3)
-    views = torch.stack([xmkd.Views(data.store, xmkd.ViewSpec("video", 4, 24), "test", data.labels)[i, 0][0][0] for i in range(8)])
+    views, boxes, _ = xmkd.join_views([xmkd.Views(data.store, xmkd.ViewSpec("video", 6, 24), "test", data.labels)[i, 0] for i in range(8)])
     for _ in range(40):
-        xmkd.train_step(network, noise_filter, optimizer, prepare(views), rand(8, 16), data.labels[:8])
-    assert network.eval()(prepare(views)).logits.argmax(1).tolist() == data.labels[:8].tolist()
+        xmkd.train_step(network, noise_filter, optimizer, prepare(views, boxes), rand(8, 16), data.labels[:8])
+    assert network.eval()(prepare(views, boxes)).logits.argmax(1).tolist() == data.labels[:8].tolist()
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -1034,7 +1079,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 
 def test_evaluation_leaves_weights_and_mode_alone(tmp_path):
-    data, network, prepare = demo_data(tmp_path), xmkd.make_network("video", 10, 4).train(), xmkd.Prepare().train()
+    data, network, prepare = demo_data(tmp_path), xmkd.make_network("video", 10, 4).train(), xmkd.Prepare(16).train()
     before = {k: v.clone() for k, v in network.state_dict().items()}
     scores, pooled = xmkd.predict(network, data.loader(data.eval, xmkd.ViewSpec("video", 4, 16), "test", 2, 0), prepare, several_tags=False)
     assert network.training and prepare.training and all(torch.equal(before[k], v) for k, v in network.state_dict().items())

@@ -54,7 +54,8 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
-from torchvision.transforms import v2
+from torchvision.ops import roi_align
+from torchvision.transforms import RandomResizedCrop, v2
 
 __version__ = "0.1.0"
 
@@ -407,18 +408,23 @@ def make_network(kind: str, num_classes: int, width: int, **more: Any) -> nn.Mod
 class Prepare(nn.Module):
     """Raw views -> network input in float32, on the views' device.
 
-    (B, T, 3, H, W) uint8 frames -> (B, 3, T, H, W) with ImageNet's mean and std (authors).
+    (B, T, 3, H, W) uint8 frames -> (B, 3, T, size, size) with ImageNet's mean and std (authors); `boxes` (B, 4) in pixels,
+    x1, y1, x2, y2, are cropped and scaled, x1 > x2 mirrors. Without boxes the frames are taken as they are.
     (B, samples) int16 -> (B, T, 64) decibels. In train mode, if `spec_augment`, 2 time and 2 mel stripes of at most PANNs'
     widths (64 of 1001 frames, 8 of 64 bins) are masked with the batch mean.
     """
-    def __init__(self, spec_augment: bool = False) -> None:
+    def __init__(self, size: int = 112, spec_augment: bool = False) -> None:
         super().__init__()
-        self.logmel, self.spec_augment = LogMel(), spec_augment
+        self.logmel, self.size, self.spec_augment = LogMel(), size, spec_augment
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1))
 
-    def forward(self, views: Tensor) -> Tensor:
+    def forward(self, views: Tensor, boxes: Tensor | None = None) -> Tensor:
         if views.ndim == 5:
+            if boxes is not None:                      # one call crops, scales and mirrors every frame of every clip
+                rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None], boxes], dim=1)
+                crops = roi_align(views.flatten(1, 2).float(), rois, self.size, sampling_ratio=2, aligned=True)
+                views = crops.unflatten(1, (-1, 3))
             return (views.transpose(1, 2).float() / 255 - self.mean) / self.std
         logmel = self.logmel(views.float() / 32767)
         if not (self.training and self.spec_augment):
@@ -950,27 +956,23 @@ class ViewSpec(NamedTuple):
     strong: bool = False         # all views grey, training views also inverted and rotated at random (ours)
 
 class Views(Dataset[Any]):
-    """Item (clip, seed): "train": (a random view, label, teacher embedding); else (all windows of the clip, stacked,).
+    """Item (clip, seed): its views (n, ...), their boxes (n, 4) for `Prepare`; in training also label and teacher embedding.
 
-    protocol  "train"; "val": 3 even windows (authors, while training); "test": consecutive windows (authors, at the end);
-              sound has consecutive windows in both. What is random follows from the seed, whatever worker draws it.
+    protocol  "train": one view at random; "val": 3 even windows (authors, while training); "test": consecutive windows
+              (authors, at the end); sound has consecutive windows in both. Whatever worker draws it, the seed decides.
     """
     def __init__(self, store: ClipStore, spec: ViewSpec, protocol: str, labels: Tensor,
                  teacher: Tensor | None = None) -> None:
         self.store, self.spec, self.protocol, self.labels, self.teacher = store, spec, protocol, labels, teacher
         steps: list[Any] = [v2.Grayscale(3)] if spec.strong else []
-        if protocol == "train":
-            steps += [v2.RandomInvert(0.5), v2.RandomRotation(15)] if spec.strong else []
-            steps += [v2.RandomResizedCrop(spec.size, (spec.crop_area, 1.0)), v2.RandomHorizontalFlip(spec.flip / 2)]
-        else:
-            steps += [v2.Resize(spec.size), v2.CenterCrop(spec.size)]
-        self.transform: Any = v2.Compose(steps)
+        steps += [v2.RandomInvert(0.5), v2.RandomRotation(15)] if spec.strong and protocol == "train" else []
+        self.recolor: Any = v2.Compose(steps or [v2.Identity()])
 
-    def cut(self, stream: tuple[Tensor, ...], window: Any) -> Tensor:
-        """A window of a stream: (samples,) int16, or (T, 3, size, size) uint8 transformed alike in every frame."""
-        if self.spec.kind == "audio":
-            return stream[0][window]
-        return self.transform(unpack_frames(*stream, window))
+    def random_box(self, frames: Tensor) -> Tensor:
+        """A box of at least `crop_area` of the frame, sides 3:4 to 4:3; mirrored half the time."""
+        top, left, height, width = RandomResizedCrop.get_params(frames, [self.spec.crop_area, 1.0], [3 / 4, 4 / 3])
+        x = [left, left + width] if not self.spec.flip or torch.rand(()) < 0.5 else [left + width, left]
+        return torch.tensor([[x[0], top, x[1], top + height]], dtype=torch.float32)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
         clip, seed = key
@@ -980,13 +982,26 @@ class Views(Dataset[Any]):
             with torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(seed)
                 window = (torch.randint(max(n - size, 0) + 1, ()) + torch.arange(size)) % n      # loops if short
-                view = self.cut(stream, window if audio else window.tolist())
-            return view, self.labels[clip], torch.zeros(0) if self.teacher is None else self.teacher[clip]
-        windows: list[Any] = even_windows(n, size) if self.protocol == "val" and not audio else []
+                view = stream[0][window] if audio else self.recolor(unpack_frames(*stream, window.tolist()))
+                box = torch.zeros(1, 4) if audio else self.random_box(view)
+            return view[None], box, self.labels[clip], torch.zeros(0) if self.teacher is None else self.teacher[clip]
         if audio:                                                       # a tail under half a window is left out
             starts = range(0, max(n - size // 2, 1), size)
-            windows = [start + torch.arange(size) % min(size, n - start) for start in starts]
-        return torch.stack([self.cut(stream, window) for window in windows or sliding_windows(n, size, size)]),
+            windows = torch.stack([stream[0][start + torch.arange(size) % min(size, n - start)] for start in starts])
+            return windows, torch.zeros(len(windows), 4)
+        indices = even_windows(n, size) if self.protocol == "val" else sliding_windows(n, size, size)
+        windows = torch.stack([self.recolor(unpack_frames(*stream, window)) for window in indices])
+        height, width = windows.shape[-2:]
+        x, y = max(width - height, 0) / 2, max(height - width, 0) / 2   # the square in the middle
+        return windows, torch.tensor([[x, y, width - x, height - y]]).expand(len(windows), 4)
+
+def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
+    """Batch of items of `Views`: views and boxes of all, number of views of each, the rest stacked; small frames grow at their edges."""
+    views, boxes, *rest = zip(*items)
+    if views[0].ndim == 5:
+        rows, columns = (torch.arange(max(view.shape[axis] for view in views)) for axis in (-2, -1))
+        views = [view[..., rows.clamp(max=view.shape[-2] - 1)[:, None], columns.clamp(max=view.shape[-1] - 1)] for view in views]
+    return torch.cat([*views]), torch.cat(boxes), [len(view) for view in views], *(torch.stack(part) for part in rest)
 
 class EpochBatches(Sampler[Any]):
     """Shuffled batches of (clip, view seed), given by seed and `epoch`; a last batch of one joins the one before."""
@@ -1004,10 +1019,6 @@ class EpochBatches(Sampler[Any]):
         for b in range(len(self)):
             yield keys[b * self.batch_size:None if b == len(self) - 1 else (b + 1) * self.batch_size]
 
-def join_windows(items: list[tuple[Tensor]]) -> tuple[Tensor, list[int]]:
-    """The windows of several clips in one batch, and how many each clip has."""
-    return torch.cat([windows for windows, in items]), [len(windows) for windows, in items]
-
 class Data(NamedTuple):
     """A data set ready to train on: unreadable clips are in neither `train` nor `eval`."""
     store: ClipStore
@@ -1020,11 +1031,12 @@ class Data(NamedTuple):
                teacher: Tensor | None = None) -> Any:
         """Shuffled batches of training views, or the windows of each clip in order."""
         views = Views(self.store, spec, protocol, self.labels, teacher)
-        options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available()}
+        options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
+                   "collate_fn": join_views}
         if protocol == "train":
             return DataLoader(views, batch_sampler=EpochBatches(clips, batch_size, seed), **options)
         keys = [[(i, 0) for i in clips[b:b + batch_size]] for b in range(0, len(clips), batch_size)]
-        return DataLoader(views, batch_sampler=keys, collate_fn=join_windows, **options)
+        return DataLoader(views, batch_sampler=keys, **options)
 
 # ============================================== 8. Metrics (fractions in 0..1)
 def ranked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1108,8 +1120,9 @@ def predict(network: nn.Module, loader: Any, prepare: Prepare, several_tags: boo
     """Window-averaged probabilities (N, C) and embeddings (N, D) of a loader's clips, on the CPU; modes are restored."""
     modes, scores, pooled = (network.training, prepare.training), [], []
     network.eval(), prepare.eval()
-    for step, (windows, counts) in enumerate(loader):
-        parts = [network(prepare(part.to(prepare.mean.device))) for part in windows.split(64)]      # long clips have many
+    for step, (windows, boxes, counts) in enumerate(loader):
+        parts = [network(prepare(*(x.to(prepare.mean.device) for x in part)))                       # long clips have many
+                 for part in zip(windows.split(64), boxes.split(64))]
         logits = torch.cat([part.logits for part in parts]).float()
         probabilities = logits.sigmoid() if several_tags else logits.softmax(1)
         scores += [p.mean(0).cpu() for p in probabilities.split(counts)]
@@ -1139,7 +1152,7 @@ def fit(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSp
     task, epochs, device, begun = settings["task"], settings["epochs"], torch.device(settings["device"]), time.time()
     torch.manual_seed(seed)
     sizes = {"kind": spec.kind, "num_classes": len(data.classes), "width": settings["width"]}
-    network, prepare, noise_filter = make_network(**sizes).to(device), Prepare(settings["spec_augment"]).to(device), None
+    network, prepare, noise_filter = make_network(**sizes).to(device), Prepare(spec.size, settings["spec_augment"]).to(device), None
     if teacher is not None and method in ("mnf", "xmkd"):
         noise_filter = ModalityNoiseFilter(len(data.classes), 8 * settings["width"], 2, teacher.shape[1])
     elif teacher is not None:
@@ -1181,9 +1194,9 @@ def fit(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSp
         loader.batch_sampler.epoch = epoch
         torch.manual_seed(1_000_003 * seed + epoch)
         sums: dict[str, Any] = {}
-        for step, (views, labels, embedding) in enumerate(loader, 1):
-            views, labels, embedding = (x.to(device, non_blocking=True) for x in (views, labels, embedding))
-            terms = train_step(network, noise_filter, optimizer, prepare(views), embedding, labels, settings["csc_offset"],
+        for step, (views, boxes, _, *rest) in enumerate(loader, 1):
+            views, boxes, labels, embedding = (x.to(device, non_blocking=True) for x in (views, boxes, *rest))
+            terms = train_step(network, noise_filter, optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"],
                                settings["margin"], settings["sparsity"], method != "mnf")
             sums = {term: sums.get(term, 0.0) + value for term, value in terms.items()}
             progress((epoch - first) * len(loader) + step, (epochs - first + 1) * len(loader))
@@ -1317,7 +1330,7 @@ def embed_clips(data: Data, spec: ViewSpec, settings: dict[str, Any], cache: Pat
         folder.mkdir(parents=True, exist_ok=True)
         if network is None:
             network, info = make_teacher(data, spec, settings, folder, console)
-        network, prepare = network.to(settings["device"]), Prepare().to(settings["device"])
+        network, prepare = network.to(settings["device"]), Prepare(spec.size).to(settings["device"])
 
         def run(clips: list[int]) -> tuple[Tensor, Tensor]:
             loader = data.loader(clips, spec, "test", settings["batch_size"], settings["workers"])
@@ -1664,7 +1677,7 @@ def run(given: dict[str, Any]) -> None:
             raise InputError(f"--eval {given['eval']} knows {len(saved['classes'])} classes ({', '.join(saved['classes'][:3])}, "
                              f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); they must "
                              "be the same")
-        network, prepare = make_network(**saved["network"]).to(settings["device"]), Prepare().to(settings["device"])
+        network, prepare = make_network(**saved["network"]).to(settings["device"]), Prepare(spec.size).to(settings["device"])
         network.load_state_dict(saved["student"])
         metrics = final_metrics(network, data, spec, settings, prepare, console.progress("evaluation"))
         save(out / "results.json", {"task": task, "data": settings["data"], "method": saved["method"], "seed": saved["seed"],
