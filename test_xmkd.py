@@ -979,7 +979,7 @@ def test_teacher_features_replace_the_teacher_whatever_their_width(tmp_path, med
     common = [*TINY, "--task", "action_recognition", "--data", str(media), "--cache", str(media.parent / "cache"), "--teacher-features", str(features), "--out", str(tmp_path / "run")]
     assert xmkd.main([*common, "--compare", "kd,ccl,xmkd", "--epochs", "1"]) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["teacher"] == {"kind": f"embeddings {features}"}
-    for name, array, says in (("short", np.ones(3), "expected (7,) finite numbers"), ("nan", np.full(7, np.nan), "finite"), ("objects", np.array([{}] * 7), "pickled ones are refused")):
+    for name, array, says in (("short", np.ones(3), "expected (7,) finite numbers"), ("nan", np.full(7, np.nan), "finite"), ("objects", np.array([{}] * 7), "pickled arrays are refused")):
         path = features / "train" / "low" / "3.npy"
         np.save(path, array)
         assert xmkd.main(common) == 2 and says in capsys.readouterr().err, name
@@ -1079,10 +1079,11 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
 
 
 def test_evaluation_leaves_weights_and_mode_alone(tmp_path):
-    data, network, prepare = demo_data(tmp_path), xmkd.make_network("video", 10, 4).train(), xmkd.Prepare(16).train()
+    data, network = demo_data(tmp_path), xmkd.make_network("video", 10, 4).train()
+    job = xmkd.Job({"batch_size": 2, "workers": 0}, data, xmkd.ViewSpec("video", 4, 16), xmkd.Console(quiet=True))
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    scores, pooled = xmkd.predict(network, data.loader(data.eval, xmkd.ViewSpec("video", 4, 16), "test", 2, 0), prepare, several_tags=False)
-    assert network.training and prepare.training and all(torch.equal(before[k], v) for k, v in network.state_dict().items())
+    scores, pooled = xmkd.predict(job, network, data.eval)
+    assert network.training and all(torch.equal(before[k], v) for k, v in network.state_dict().items())
     assert scores.shape == (2, 10) and pooled.shape == (2, 32) and torch.allclose(scores.sum(1), torch.ones(2))
 
 

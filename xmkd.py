@@ -33,6 +33,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import statistics
 import sys
 import time
@@ -1114,101 +1115,128 @@ STUDENT_KIND = {"audio_tagging": "audio", "action_recognition": "video", "video_
 CHECK_METRIC = {"audio_tagging": "mAP", "action_recognition": "top1", "video_retrieval": "top1"}  # picks best.pt
 METHODS = ("student", "kd", "fitnet", "crd", "ccl", "mnf", "csc", "xmkd")
 
+class Job(NamedTuple):
+    """What the parts of a run share."""
+    settings: dict[str, Any]     # every option, by name
+    data: Data
+    spec: ViewSpec               # views of the student's modality or, while a teacher is made, of the teacher's
+    console: Console
+
+    def loader(self, clips: Sequence[int], protocol: str, **more: Any) -> Any:
+        """`Data.loader` with the run's batch size and workers."""
+        return self.data.loader(clips, self.spec, protocol, self.settings["batch_size"], self.settings["workers"], **more)
+
 @torch.no_grad()
-def predict(network: nn.Module, loader: Any, prepare: Prepare, several_tags: bool,
-            progress: Callable[[int, int], None] = lambda done, total: None) -> tuple[Tensor, Tensor]:
-    """Window-averaged probabilities (N, C) and embeddings (N, D) of a loader's clips, on the CPU; modes are restored."""
-    modes, scores, pooled = (network.training, prepare.training), [], []
-    network.eval(), prepare.eval()
-    for step, (windows, boxes, counts) in enumerate(loader):
-        parts = [network(prepare(*(x.to(prepare.mean.device) for x in part)))                       # long clips have many
-                 for part in zip(windows.split(64), boxes.split(64))]
+def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = "test",
+            label: str = "evaluation") -> tuple[Tensor, Tensor]:
+    """Window-averaged probabilities (N, C) and embeddings (N, D) of clips, on the CPU; the network's mode is restored."""
+    device, training, progress = next(network.parameters()).device, network.training, job.console.progress(label)
+    prepare, loader, scores, pooled = Prepare(job.spec.size).to(device), job.loader(clips, protocol), [], []
+    network.eval()
+    for step, (windows, boxes, counts) in enumerate(loader, 1):
+        parts = [network(prepare(views.to(device), box.to(device)))                                 # long clips have many
+                 for views, box in zip(windows.split(64), boxes.split(64))]
         logits = torch.cat([part.logits for part in parts]).float()
-        probabilities = logits.sigmoid() if several_tags else logits.softmax(1)
+        probabilities = logits.sigmoid() if job.data.labels.ndim == 2 else logits.softmax(1)
         scores += [p.mean(0).cpu() for p in probabilities.split(counts)]
         pooled += [p.mean(0).cpu() for p in torch.cat([part.pooled for part in parts]).float().split(counts)]
-        progress(step + 1, len(loader))
-    network.train(modes[0]), prepare.train(modes[1])
+        progress(step, len(loader))
+    network.train(training)
     return torch.stack(scores), torch.stack(pooled)
 
-def final_metrics(network: nn.Module, data: Data, spec: ViewSpec, settings: dict[str, Any], prepare: Prepare,
-                  progress: Callable[[int, int], None]) -> dict[str, float]:
+def final_metrics(job: Job, network: nn.Module) -> dict[str, float]:
     """The task's final protocol: consecutive windows of every clip; for retrieval, training clips are the gallery."""
-    def run(clips: list[int]) -> tuple[Tensor, Tensor]:
-        loader = data.loader(clips, spec, "test", settings["batch_size"], settings["workers"])
-        return predict(network, loader, prepare, data.labels.ndim == 2, progress)
-    scores, queries = run(data.eval)
-    metrics = score(settings["task"], scores, data.labels[data.eval])
-    if settings["task"] != "video_retrieval":
-        return metrics
-    return {**retrieval_metrics(queries, run(data.train)[1], data.labels[data.eval], data.labels[data.train]), **metrics}
+    (scores, queries), data = predict(job, network, job.data.eval), job.data
+    metrics = score(job.settings["task"], scores, data.labels[data.eval])
+    if job.settings["task"] == "video_retrieval":
+        _, gallery = predict(job, network, data.train, label="gallery")
+        metrics = {**retrieval_metrics(queries, gallery, data.labels[data.eval], data.labels[data.train]), **metrics}
+    return metrics
 
-def fit(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSpec, settings: dict[str, Any], out: Path,
-        console: Console) -> tuple[nn.Module, Prepare]:
+def make_distiller(job: Job, method: str, teacher: Tensor | None) -> nn.Module | None:
+    """What a method trains beside the student: the noise filter, a `Distiller` or nothing."""
+    if teacher is None or method == "student":
+        return None
+    classes, dim, train = len(job.data.classes), 8 * job.settings["width"], job.data.train
+    if method in ("mnf", "xmkd"):
+        return ModalityNoiseFilter(classes, dim, teacher_dim=teacher.shape[1])
+    probe = linear_probe(teacher[train], job.data.labels[train], classes) if method == "kd" else None
+    return Distiller(method, classes, dim, teacher.shape[1], job.settings["csc_offset"], probe)
+
+def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | None], optimizer: torch.optim.Optimizer,
+                prepare: Prepare, calibrate: bool, progress: Callable[[int], None]) -> dict[str, float]:
+    """One pass over the loader -> mean of each loss term. InputError names the first step whose loss is not finite."""
+    device, settings, history, terms = prepare.mean.device, job.settings, [], {}
+    for step, (views, boxes, _, *rest) in enumerate(loader, 1):
+        views, boxes, labels, embedding = (x.to(device, non_blocking=True) for x in (views, boxes, *rest))
+        terms = train_step(networks[0], networks[1], optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"],
+                           settings["margin"], settings["sparsity"], calibrate)
+        history.append(torch.stack([*terms.values()]))
+        progress(step)
+    values = torch.stack(history).cpu()                                 # (steps, terms), brought over once an epoch
+    weights = all(bool(p.isfinite().all()) for network in networks if network is not None for p in network.parameters())
+    if not (weights and values.isfinite().all()):
+        step = next((i for i, row in enumerate(values) if not row.isfinite().all()), len(values) - 1)
+        ids = [job.data.store.clips[i].id for i, _ in [*loader.batch_sampler][step]]
+        raise InputError(f"loss or gradient is not finite in step {step + 1} of epoch {loader.batch_sampler.epoch}: "
+                         f"{dict(zip(terms, values[step].tolist()))}; clips {', '.join(ids)}; lower --lr. Checkpoints are as before")
+    return dict(zip(terms, values.mean(0).tolist()))
+
+def take_up(out: Path, about: dict[str, Any], own: bool) -> dict[str, Any]:
+    """What last.pt holds; with `own` settings, InputError if one differs that must not. The log is cut where it was saved."""
+    saved = load_checkpoint(out / "last.pt")
+    pairs = {key: (saved[key], about[key]) for key in ("method", "seed", "classes", "network")}
+    pairs.update({key: (saved["settings"].get(key), value) for key, value in about["settings"].items() if key not in RUN_OPTIONS})
+    for key, (old, new) in pairs.items():
+        if own and old != new:
+            raise InputError(f"--resume: {key} was {old!r} in {out / 'last.pt'} and is {new!r} now; pass the old value "
+                             "or another --out")
+    rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(row for row in rows if json.loads(row)["epoch"] <= saved["epoch"]))
+    return saved
+
+def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> nn.Module:
     """Trains one network by one method; config.json, log.jsonl, best.pt and last.pt lie in `out` when it returns.
 
     An epoch's order, views and SpecAugment depend on seed and epoch alone, so a run can be taken up after any of them.
     """
-    task, epochs, device, begun = settings["task"], settings["epochs"], torch.device(settings["device"]), time.time()
+    settings, data, spec, console = job
+    task, epochs, device, begun, first, best = settings["task"], settings["epochs"], settings["device"], time.time(), 1, -1.0
     torch.manual_seed(seed)
     sizes = {"kind": spec.kind, "num_classes": len(data.classes), "width": settings["width"]}
-    network, prepare, noise_filter = make_network(**sizes).to(device), Prepare(spec.size, settings["spec_augment"]).to(device), None
-    if teacher is not None and method in ("mnf", "xmkd"):
-        noise_filter = ModalityNoiseFilter(len(data.classes), 8 * settings["width"], 2, teacher.shape[1])
-    elif teacher is not None:
-        probe = linear_probe(teacher[data.train], data.labels[data.train], len(data.classes)) if method == "kd" else None
-        noise_filter = Distiller(method, len(data.classes), 8 * settings["width"], teacher.shape[1], settings["csc_offset"], probe)
-    noise_filter = noise_filter.to(device) if noise_filter is not None else None
-    filter_lr = 0.2 if isinstance(noise_filter, ModalityNoiseFilter) else 1.0
-    optimizer = make_optimizer(network, noise_filter, settings["lr"], settings["weight_decay"], filter_lr)
-    rates, first, best = [group["lr"] for group in optimizer.param_groups], 1, -1.0
+    network, helper = make_network(**sizes).to(device), make_distiller(job, method, teacher)
+    helper = helper.to(device) if helper is not None else None
+    filter_lr = 0.2 if isinstance(helper, ModalityNoiseFilter) else 1.0
+    optimizer = make_optimizer(network, helper, settings["lr"], settings["weight_decay"], filter_lr)
+    rates, prepare = [group["lr"] for group in optimizer.param_groups], Prepare(spec.size, settings["spec_augment"]).to(device)
     about = {"task": task, "method": method, "seed": seed, "classes": data.classes, "network": sizes, "settings": settings,
              "versions": {"xmkd": __version__, "torch": str(torch.__version__), "av": av.__version__}}
-    name = method if spec.kind == STUDENT_KIND[task] else "teacher"                           # a teacher's folder is keyed
+    name = method if spec.kind == STUDENT_KIND[task] else "teacher"                         # a teacher's folder is keyed
+    out.mkdir(parents=True, exist_ok=True)
     if settings["resume"] and (out / "last.pt").exists():
-        saved = load_checkpoint(out / "last.pt")
-        pairs = {k: (saved[k], about[k]) for k in ("method", "seed", "classes", "network")} if name == method else {}
-        pairs.update({k: (saved["settings"].get(k), settings[k]) for k in settings.keys() - RUN_OPTIONS if name == method})
-        for key, (old, new) in pairs.items():
-            if old != new:
-                raise InputError(f"--resume: {key} was {old!r} in {out / 'last.pt'} and is {new!r} now; pass the old value "
-                                 "or another --out")
+        saved = take_up(out, about, own=name == method)
         network.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])
-        if noise_filter is not None:
-            noise_filter.load_state_dict(saved["filter"])
+        if helper is not None:
+            helper.load_state_dict(saved["filter"])
         begun, first, best = begun - saved["seconds"], saved["epoch"] + 1, saved["best"]
-        rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
-        (out / "log.jsonl").write_text("".join(row for row in rows if json.loads(row)["epoch"] < first))
     else:
-        out.mkdir(parents=True, exist_ok=True)
         (out / "log.jsonl").write_text("")
     save(out / "config.json", about)
-    options = (settings["batch_size"], settings["workers"])
-    loader = data.loader(data.train, spec, "train", *options, seed, teacher)
-    checks = data.loader(data.eval, spec, "val", *options)
-    progress = console.progress(f"{name} ({spec.kind}), seed {seed}")
+    loader = job.loader(data.train, "train", seed=seed, teacher=teacher)
+    show, steps = console.progress(f"{name} ({spec.kind}), seed {seed}"), len(loader)
     for epoch in range(first, epochs + 1):
         for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = rate * (0.1 if epoch > 0.75 * epochs else 1.0)                      # authors: after 150 of 200
-        loader.batch_sampler.epoch = epoch
+            group["lr"] = rate * (0.1 if epoch > 0.75 * epochs else 1.0)                    # authors: after 150 of 200
+        loader.batch_sampler.epoch, done = epoch, (epoch - first) * steps
         torch.manual_seed(1_000_003 * seed + epoch)
-        sums: dict[str, Any] = {}
-        for step, (views, boxes, _, *rest) in enumerate(loader, 1):
-            views, boxes, labels, embedding = (x.to(device, non_blocking=True) for x in (views, boxes, *rest))
-            terms = train_step(network, noise_filter, optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"],
-                               settings["margin"], settings["sparsity"], method != "mnf")
-            sums = {term: sums.get(term, 0.0) + value for term, value in terms.items()}
-            progress((epoch - first) * len(loader) + step, (epochs - first + 1) * len(loader))
-        losses = {term: float(value) / len(loader) for term, value in sums.items()}
-        if not all(map(math.isfinite, losses.values())):
-            raise InputError(f"the loss is not finite in epoch {epoch}: {losses}; lower --lr. Checkpoints are as before")
+        losses = train_epoch(job, loader, (network, helper), optimizer, prepare, method != "mnf",
+                             lambda step: show(done + step, (epochs - first + 1) * steps))
         content = {**about, "epoch": epoch, "seconds": time.time() - begun, "student": network.state_dict(),
-                   "filter": noise_filter.state_dict() if noise_filter is not None else {}}
+                   "filter": helper.state_dict() if helper is not None else {}}
         if epoch % settings["eval_every"] == 0 or epoch == epochs:
-            metrics = score(task, predict(network, checks, prepare, data.labels.ndim == 2)[0], data.labels[data.eval])
-            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], **losses, **metrics,
-                   "seconds": round(time.time() - begun, 1)}
+            metrics = score(task, predict(job, network, data.eval, "val")[0], data.labels[data.eval])
+            row = {"epoch": epoch, "lr": group["lr"], **losses, **metrics, "seconds": round(time.time() - begun, 1)}
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
             if name == method:
@@ -1217,20 +1245,19 @@ def fit(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSp
                 best = metrics[CHECK_METRIC[task]]
                 save(out / "best.pt", {**content, "metrics": metrics})
         save(out / "last.pt", {**content, "best": best, "optimizer": optimizer.state_dict()})
-    return network, prepare
+    return network
 
-def train_student(method: str, seed: int, data: Data, teacher: Tensor | None, spec: ViewSpec, settings: dict[str, Any],
-                  out: Path, console: Console) -> dict[str, Any]:
-    """One run: trains, then evaluates the best and the last epoch by the task's final protocol -> results."""
-    begun, finals = time.time(), {}
-    network, prepare = fit(method, seed, data, None if method == "student" else teacher, spec, settings, out, console)
+def train_student(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> dict[str, Any]:
+    """Trains, then evaluates the last and the best epoch by the task's final protocol -> results."""
+    begun, finals, settings = time.time(), {}, job.settings
+    network = fit(job, method, seed, teacher, out)
     for name in ("last", "best"):
         saved = load_checkpoint(out / f"{name}.pt")
         network.load_state_dict(saved["student"])
-        finals[name] = final_metrics(network, data, spec, settings, prepare, console.progress(f"{method}: evaluation"))
+        finals[name] = final_metrics(job, network)
     return {"task": settings["task"], "data": settings["data"], "method": method, "seed": seed, "metrics": finals["best"],
-            "epoch": saved["epoch"], "metrics_last": finals["last"], "clips": {"train": len(data.train), "eval": len(data.eval)},
-            "seconds": round(time.time() - begun, 1)}
+            "epoch": saved["epoch"], "metrics_last": finals["last"], "seconds": round(time.time() - begun, 1),
+            "clips": {"train": len(job.data.train), "eval": len(job.data.eval)}}
 
 # ============================================== 10. Teacher
 class KineticsTeacher(nn.Module):
@@ -1249,33 +1276,33 @@ class KineticsTeacher(nn.Module):
         pooled = self.net(frames * self.scale + self.shift)
         return Features(pooled[:, None], pooled, self.fc(pooled))
 
-def make_teacher(data: Data, spec: ViewSpec, settings: dict[str, Any], folder: Path,
-                 console: Console) -> tuple[nn.Module, dict[str, Any]]:
-    """The network behind --teacher -> (network, what it is): a checkpoint, or one trained from scratch.
+def load_teacher(job: Job, choice: str) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, and what it is. InputError if it is one for the student's modality."""
+    saved = load_checkpoint(choice)
+    if saved["network"]["kind"] != job.spec.kind:
+        raise InputError(f"--teacher {choice} is a network for {saved['network']['kind']}; --task {job.settings['task']} needs one for "
+                         f"{job.spec.kind}")
+    network = make_network(**saved["network"])
+    network.load_state_dict(saved["student"])
+    return network, {"kind": f"checkpoint {choice}", "same_classes": saved["classes"] == job.data.classes}
 
-    From scratch: trained with augmentation on nine tenths of the training clips; the epoch that does best on the held-out
-    tenth is kept, because a network that has memorised its clips embeds their labels, not the clips.
+def train_teacher(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A network trained from scratch, with augmentation, on nine tenths of the training clips, and its scores.
+
+    The epoch that does best on the held-out tenth is kept: a network that has memorised its clips embeds their labels, not
+    the clips.
     """
-    choice, task = settings["teacher"], settings["task"]
-    if choice not in ("auto", "scratch"):
-        saved = load_checkpoint(choice)
-        if saved["network"]["kind"] != spec.kind:
-            raise InputError(f"--teacher {choice} is a network for {saved['network']['kind']}; --task {task} needs one for "
-                             f"{spec.kind}")
-        network = make_network(**saved["network"])
-        network.load_state_dict(saved["student"])
-        return network, {"kind": f"checkpoint {choice}", "same_classes": saved["classes"] == data.classes}
-    shuffle = torch.Generator().manual_seed(settings["seed"])
-    order = [data.train[i] for i in torch.randperm(len(data.train), generator=shuffle)]
+    task, seed, train = job.settings["task"], job.settings["seed"], job.data.train
+    order = [train[i] for i in torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
     held, seen = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
-    own = {**settings, "task": "audio_tagging" if task == "audio_tagging" else "action_recognition", "resume": True,
-           "epochs": settings["teacher_epochs"], "eval_every": 1}
-    network, prepare = fit("student", settings["seed"], data._replace(train=seen, eval=held), None, spec, own, folder, console)
+    own = {**job.settings, "task": "audio_tagging" if task == "audio_tagging" else "action_recognition", "resume": True,
+           "epochs": job.settings["teacher_epochs"], "eval_every": 1}
+    network = fit(job._replace(settings=own, data=job.data._replace(train=seen, eval=held)), "student", seed, None, folder)
     saved, metric = load_checkpoint(folder / "best.pt"), CHECK_METRIC[task]
     network.load_state_dict(saved["student"])
-    known = final_metrics(network, data._replace(eval=seen[:len(held)]), spec, own, prepare, console.progress("teacher"))
-    console.say(f"teacher {metric} {saved['metrics'][metric]:.3f} on {len(held)} training clips that it has not seen, "
-                f"{known[metric]:.3f} on as many that it has; epoch {saved['epoch']} of {own['epochs']}")
+    known = final_metrics(job._replace(settings=own, data=job.data._replace(eval=seen[:len(held)])), network)
+    job.console.say(f"teacher {metric} {saved['metrics'][metric]:.3f} on {len(held)} training clips that it has not seen, "
+                    f"{known[metric]:.3f} on as many that it has; epoch {saved['epoch']} of {own['epochs']}")
     return network, {"kind": "from scratch", "same_classes": True, "epoch": saved["epoch"], "held_out": saved["metrics"],
                      "trained_on": known}
 
@@ -1290,24 +1317,23 @@ def find_features(folder: str | os.PathLike[str], clips: Sequence[Clip]) -> dict
 
 def read_features(folder: str | os.PathLike[str], data: Data) -> Tensor:
     """Teacher embeddings (D,) of the training clips from `find_features`: (N, D), zeros elsewhere. Raises InputError."""
-    files, rows = find_features(folder, data.store.clips), {}
+    files, rows = find_features(folder, data.store.clips), []
     for i in data.train:
         path = files[data.store.clips[i].id]
         try:
-            rows[i] = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+            array = np.load(path, mmap_mode="r", allow_pickle=False)              # its shape is known before it is read
+            if array.ndim != 1 or (rows and len(array) != len(rows[0])) or not np.isfinite(array).all():
+                raise ValueError(f"shape {array.shape}; expected ({len(rows[0]) if rows else 'D'},) finite numbers, one embedding a clip")
+            rows.append(torch.from_numpy(array.astype(np.float32)))
         except (ValueError, TypeError, OSError, EOFError) as error:
-            raise InputError(f"{path}: no NumPy array of numbers ({error}); pickled ones are refused") from error
-        shape = rows[data.train[0]].shape
-        if rows[i].ndim != 1 or rows[i].shape != shape or not rows[i].isfinite().all():
-            raise InputError(f"{path}: shape {tuple(rows[i].shape)}; expected ({shape[0] if shape else 'D'},) finite numbers, "
-                             "one embedding a clip, the same width for all")
-    embeddings = torch.zeros(len(data.store.clips), len(rows[data.train[0]]))
-    embeddings[data.train] = torch.stack([rows[i] for i in data.train])
+            raise InputError(f"{path}: no embedding ({error}); pickled arrays are refused") from error
+    embeddings = torch.zeros(len(data.store.clips), len(rows[0]))
+    embeddings[data.train] = torch.stack(rows)
     return embeddings
 
-def embed_clips(data: Data, spec: ViewSpec, settings: dict[str, Any], cache: Path,
-                console: Console) -> tuple[Tensor, dict[str, Any]]:
+def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
     """Teacher embeddings of the training clips (N, D), zeros elsewhere, and what the teacher is; kept in `cache`."""
+    settings, data, spec, console = job
     choice, network = settings["teacher"], None
     if "teacher_features" in settings:
         return read_features(settings["teacher_features"], data), {"kind": f"embeddings {settings['teacher_features']}"}
@@ -1320,26 +1346,23 @@ def embed_clips(data: Data, spec: ViewSpec, settings: dict[str, Any], cache: Pat
                 reason = f"torchvision's r2plus1d_18 cannot be had ({error})"
         if network is None:
             console.warn(f"{reason}; the teacher is trained from scratch and weaker for it; --teacher FILE takes a better one")
-    if choice not in ("auto", "scratch"):
-        choice = hashlib.sha256(Path(choice).read_bytes()).hexdigest()
+    own = choice not in ("auto", "scratch")
+    source = hashlib.sha256(Path(choice).read_bytes()).hexdigest() if own else info if network else choice
     needs = [settings[k] for k in ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")]
-    files = [data.store.files[spec.kind][i] for i in data.train], [data.store.files[spec.kind][i] for i in data.eval]
-    labels = [data.store.clips[i].labels for i in data.train]
-    folder = cache / f"teacher-{digest(info if network else choice, spec, needs, files, labels, data.classes)}"
+    files = [[data.store.files[spec.kind][i] for i in part] for part in (data.train, data.eval)]
+    folder = cache / f"teacher-{digest(source, spec, needs, files, [data.store.clips[i].labels for i in data.train], data.classes)}"
     if not (folder / "embeddings.pt").exists():
         folder.mkdir(parents=True, exist_ok=True)
         if network is None:
-            network, info = make_teacher(data, spec, settings, folder, console)
-        network, prepare = network.to(settings["device"]), Prepare(spec.size).to(settings["device"])
-
-        def run(clips: list[int]) -> tuple[Tensor, Tensor]:
-            loader = data.loader(clips, spec, "test", settings["batch_size"], settings["workers"])
-            return predict(network, loader, prepare, data.labels.ndim == 2, console.progress("teacher embeddings"))
+            network, info = load_teacher(job, choice) if own else train_teacher(job, folder)
+        network = network.to(settings["device"])
         if info.pop("same_classes", False):                             # then it has a score on the evaluation clips
             jobs = [(i, (spec.kind,)) for i in data.eval]
             shared = [i for i, n, _ in data.store.decode(jobs, settings["workers"], console.progress("decoding")) if n]
-            info["metrics"] = score(settings["task"], run(shared)[0], data.labels[shared]) if shared else {}
-        save(folder / "embeddings.pt", {"pooled": run(data.train)[1], "info": info})
+            scores = predict(job, network, shared)[0] if shared else None
+            info["metrics"] = {} if scores is None else score(settings["task"], scores, data.labels[shared])
+        pooled = predict(job, network, data.train, label="teacher embeddings")[1]
+        save(folder / "embeddings.pt", {"pooled": pooled, "info": info})
     saved = torch.load(folder / "embeddings.pt", weights_only=True)
     embeddings = torch.zeros(len(data.store.clips), saved["pooled"].shape[1])
     embeddings[data.train] = saved["pooled"]
@@ -1426,22 +1449,6 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 # ============================================== 12. Arguments and main
-RECIPES: dict[str, dict[str, Any]] = {                                  # defaults; a data set's own win over "all"
-    "all": {"task": "audio_tagging", "data": "demo", "split": "balanced", "fold": 1, "noise": 0.3, "mismatch": 0.2,
-            "max_skipped": 0.2, "frames": 16, "size": 112, "fps": 4.0, "seconds": 10.0, "crop_area": 0.25, "flip": True,
-            "strong": False, "spec_augment": True, "teacher": "auto", "teacher_epochs": 60, "csc_offset": 0.07,
-            "margin": 0.2, "sparsity": 1e-3, "width": 64, "epochs": 200, "batch_size": 32, "lr": 3e-4,
-            "weight_decay": 5e-4, "eval_every": 5, "seed": 3, "seeds": 1, "resume": False, "device": "auto",
-            "workers": min(8, (os.cpu_count() or 2) // 2), "quiet": False},
-    "audioset": {"epochs": 60},                                         # about the updates of UCF51's recipe (ours)
-    "vggsound": {"epochs": 10},                                         # likewise
-    "activitynet": {"batch_size": 64, "csc_offset": 0.2},               # authors
-    "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
-             "crop_area": 0.7, "csc_offset": 0.3},
-}
-RUN_OPTIONS = {"out", "cache", "eval", "resume", "teacher_features", "workers", "device", "quiet", "compare", "method", "seeds", "seed", "epochs",
-               "max_skipped"}                                           # what a checkpoint may differ in and be resumed
-
 def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """An argparse type: a number from low to high."""
     def parse(text: str) -> Any:
@@ -1454,71 +1461,81 @@ def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
         raise argparse.ArgumentTypeError(f"{text} is not {what} from {low:g} to {high:g}")
     return parse
 
+SHARE, COUNT, FLAG = number(float, 0, 1), number(int, 1, 10 ** 6), {"action": argparse.BooleanOptionalAction}
+OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default, type or choices or argparse settings, help
+    "task and data": [
+        ("task", "audio_tagging", list(STUDENT_KIND), "what the student learns"),
+        ("data", "demo", str, "'demo' or a folder: AudioSet, UCF-101, ActivityNet, VGGSound, the authors' release, or "
+         "train/<label>/* and val/<label>/*"),
+        ("split", "balanced", ["balanced", "unbalanced", "all"], "training list of AudioSet"),
+        ("fold", 1, number(int, 1, 3), "split of UCF-101, 1 to 3"),
+        ("noise", 0.3, SHARE, "demo: share of clips whose teacher modality has irrelevant events mixed in"),
+        ("mismatch", 0.2, SHARE, "demo: share of training clips whose teacher modality shows other events or none"),
+        ("max-skipped", 0.2, SHARE, "largest share of unreadable clips to go on with")],
+    "views": [
+        ("frames", 16, COUNT, "frames a view (authors)"),
+        ("size", 112, number(int, 16, 4096), "side of the square view, pixels (authors)"),
+        ("fps", 4.0, number(float, 0.01, 240), "frames a second (authors)"),
+        ("seconds", 10.0, number(float, 0.4, 3600), "sound a view, seconds (PANNs); less if all clips are shorter"),
+        ("crop-area", 0.25, number(float, 0.01, 1), "smallest area of a training crop, share of the frame (authors)"),
+        ("flip", True, FLAG, "mirror half of the training views (authors); not where left and right matter"),
+        ("strong", False, FLAG, "grey views, in training also inverted and rotated (ours); for small data sets"),
+        ("spec-augment", True, FLAG, "mask stripes of training spectrograms (PANNs)")],
+    "method": [
+        ("method", None, METHODS, "xmkd (default): MNF + CSC; mnf: MNF with a constant temperature; csc: CSC on the "
+         "unfiltered teacher; student: no teacher; kd, fitnet, crd, ccl: other distillation methods"),
+        ("compare", None, str, "methods to train from the same seeds and teacher embeddings, such as student,mnf,csc,xmkd, or "
+         "'paper' for all (default on the demo: student,xmkd)"),
+        ("teacher", "auto", str, "auto: the public pretrained network where it can be had, else one from scratch; scratch; or "
+         "FILE, a checkpoint of the other modality, ours, the authors' or PANNs'"),
+        ("teacher-features", None, str, "folder with an embedding (D,) a clip, <clip id>.npy, instead of a teacher; any D"),
+        ("teacher-epochs", 60, COUNT, "epochs of a teacher from scratch (ours)"),
+        ("csc-offset", 0.07, number(float, 1e-6, 10), "makes the temperature: similarity + offset (authors)"),
+        ("margin", 0.2, number(float, 0, 2), "margin of the triplet term, cosine (authors)"),
+        ("sparsity", 1e-3, SHARE, "weight of the filter's L1 term (authors)"),
+        ("width", 64, number(int, 2, 1024), "channels of the first stage; D is 8 times that (authors)")],
+    "optimisation": [
+        ("epochs", 200, COUNT, "passes over the training clips, the last quarter at a tenth of the rate (authors)"),
+        ("batch-size", 32, number(int, 2, 10 ** 6), "clips a step (authors)"),
+        ("lr", 3e-4, number(float, 0, 10), "Adam's rate for the student, a fifth of it for the filter (authors)"),
+        ("weight-decay", 5e-4, SHARE, "Adam's coupled L2 (authors)"),
+        ("eval-every", 5, COUNT, "epochs between evaluations (authors)")],
+    "run": [
+        ("seed", 3, number(int, 0, 10 ** 6), "first seed (authors)"),
+        ("seeds", 1, COUNT, "how many seeds to run, counted up from --seed"),
+        ("out", None, str, "run folder (default: runs/<task>-<data>-<method>-s<seed>)"),
+        ("cache", None, str, "folder of decoded clips and teachers, may be shared by runs (default: <out>/cache)"),
+        ("eval", None, str, "a checkpoint to evaluate instead of training: ours, the authors' or PANNs'"),
+        ("resume", False, {"action": "store_true"}, "go on from <out>/last.pt if there is one"),
+        ("workers", min(8, (os.cpu_count() or 2) // 2), number(int, 0, 256), "loader processes"),
+        ("device", "auto", str, "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one"),
+        ("quiet", False, {"action": "store_true"}, "print warnings and errors only")]}
+DEFAULTS = {name.replace("-", "_"): value for group in OPTIONS.values() for name, value, _, _ in group if value is not None}
+RECIPES: dict[str, dict[str, Any]] = {                                  # what a data set's own defaults change
+    "audioset": {"epochs": 60},                                         # about the updates of UCF51's recipe (ours)
+    "vggsound": {"epochs": 10},                                         # likewise
+    "activitynet": {"batch_size": 64, "csc_offset": 0.2},               # authors
+    "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
+             "crop_area": 0.7, "csc_offset": 0.3}}
+RUN_OPTIONS = {"out", "cache", "eval", "resume", "teacher_features", "workers", "device", "quiet", "compare", "method", "seeds",
+               "seed", "epochs", "max_skipped"}                         # what a checkpoint may differ in and be resumed
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options not given are absent: the checkpoint's or the data set's recipe fills them in."""
-    share, count, size = number(float, 0, 1), number(int, 1, 10 ** 6), number(int, 16, 4096)
-    yes_no, switch = {"action": argparse.BooleanOptionalAction}, {"action": "store_true"}
-    groups: dict[str, list[tuple[str, Any, str]]] = {                   # name; type, choices or settings of it; help
-        "task and data": [
-            ("task", list(STUDENT_KIND), "what the student learns"),
-            ("data", str, "'demo' or a folder: AudioSet, UCF-101, or train/<label>/* and val/<label>/*"),
-            ("split", ["balanced", "unbalanced", "all"], "training list of AudioSet"),
-            ("fold", number(int, 1, 3), "split of UCF-101, 1 to 3"),
-            ("noise", share, "demo: share of clips whose teacher modality has irrelevant events mixed in"),
-            ("mismatch", share, "demo: share of training clips whose teacher modality shows other events or none"),
-            ("max-skipped", share, "largest share of unreadable clips to go on with")],
-        "views": [
-            ("frames", count, "frames a view (authors)"),
-            ("size", size, "side of the square view, pixels (authors)"),
-            ("fps", number(float, 0.01, 240), "frames a second (authors)"),
-            ("seconds", number(float, 0.4, 3600), "sound a view, seconds (PANNs); less if all clips are shorter"),
-            ("crop-area", number(float, 0.01, 1), "smallest area of a training crop, share of the frame (authors)"),
-            ("flip", yes_no, "mirror half of the training views (authors); not where left and right matter"),
-            ("strong", yes_no, "grey views, in training also inverted and rotated (ours); for small data sets"),
-            ("spec-augment", yes_no, "mask stripes of training spectrograms (PANNs)")],
-        "method": [
-            ("method", METHODS, "xmkd (default): MNF + CSC; mnf: MNF with a constant temperature; csc: CSC on the "
-             "unfiltered teacher; student: no teacher; kd, fitnet, crd, ccl: other distillation methods"),
-            ("compare", str, "methods to train from the same seeds and teacher embeddings, such as student,mnf,csc,xmkd, or "
-             "'paper' for all (default on the demo: student,xmkd)"),
-            ("teacher", str, "auto: the public pretrained network where it can be had, else one from scratch; scratch; or "
-             "FILE, a checkpoint of the other modality"),
-            ("teacher-features", str, "folder with an embedding (D,) a clip, <clip id>.npy, instead of a teacher; any D"),
-            ("teacher-epochs", count, "epochs of a teacher from scratch (ours)"),
-            ("csc-offset", number(float, 1e-6, 10), "makes the temperature: similarity + offset (authors; ActivityNet 0.2)"),
-            ("margin", number(float, 0, 2), "margin of the triplet term, cosine (authors)"),
-            ("sparsity", share, "weight of the filter's L1 term (authors)"),
-            ("width", number(int, 2, 1024), "channels of the first stage; D is 8 times that (authors)")],
-        "optimisation": [
-            ("epochs", count, "passes over the training clips, the last quarter at a tenth of the rate (authors)"),
-            ("batch-size", number(int, 2, 10 ** 6), "clips a step (authors; ActivityNet 64)"),
-            ("lr", number(float, 0, 10), "Adam's rate for the student, a fifth of it for the filter (authors)"),
-            ("weight-decay", share, "Adam's coupled L2 (authors)"),
-            ("eval-every", count, "epochs between evaluations (authors)")],
-        "run": [
-            ("seed", number(int, 0, 10 ** 6), "first seed (authors)"),
-            ("seeds", count, "how many seeds to run, counted up from --seed"),
-            ("out", str, "run folder (default: runs/<task>-<data>-<method>-s<seed>)"),
-            ("cache", str, "folder of decoded clips and teachers, may be shared by runs (default: <out>/cache)"),
-            ("eval", str, "a checkpoint to evaluate instead of training"),
-            ("resume", switch, "go on from <out>/last.pt if there is one"),
-            ("workers", number(int, 0, 256), "loader processes"),
-            ("device", str, "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one"),
-            ("quiet", switch, "print warnings and errors only")]}
     def refuse(message: str) -> NoReturn:                               # one line instead of argparse's usage and error
         raise InputError(f"{message}; see python xmkd.py --help")
     parser = argparse.ArgumentParser(
-        prog="xmkd.py", argument_default=argparse.SUPPRESS, epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.",
+        prog="xmkd.py", argument_default=argparse.SUPPRESS, epilog="Exit codes: 0 done, 2 bad input, 130 interrupted, 143 terminated.",
         description="Robust cross-modal knowledge distillation (arXiv 2304.07775): a noise-filtered teacher of one modality "
         "trains a student of the other.")
     parser.error = refuse  # type: ignore[method-assign]
-    for title, options in groups.items():
+    for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
-        for name, kind, text in options:
-            known = [(layout, recipe[key]) for layout, recipe in RECIPES.items() if (key := name.replace("-", "_")) in recipe]
-            shown = ", ".join(f"{value}" if layout == "all" else f"{value} for {layout}" for layout, value in known)
+        for name, default, kind, text in options:
+            others = [f"{recipe[key]} for {layout}" for layout, recipe in RECIPES.items() if (key := name.replace("-", "_")) in recipe]
             more = kind if isinstance(kind, dict) else {"type": kind} if callable(kind) else {"choices": kind}
-            group.add_argument(f"--{name}", help=text + (f" (default: {shown})" if known else ""), **more)
+            shown = f" (default: {', '.join([str(default), *others])})" if default is not None else ""
+            group.add_argument(f"--{name}", help=text + shown, **more)
     parser.add_argument("--version", action="version", version=__version__)
     return parser
 
@@ -1547,30 +1564,27 @@ def find_layout(root: str) -> str:
                      "UCF-101 (UCF-101/, ucfTrainTestlist/), ActivityNet (activity_net*.json), the authors' release "
                      "(annotation.json), VGGSound (vggsound.csv) and a folder of folders (train/<label>/*, val/<label>/*)")
 
-def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, console: Console) -> Data:
-    """Indexes a data set, decodes it, prints what was found, writes skipped.csv; settings["seconds"] is fitted to the clips."""
-    root, task, evaluating, skipped = settings["data"], settings["task"], "eval" in settings, []
+def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, str]],
+               console: Console) -> tuple[list[Clip], list[str], dict[str, tuple[str, ...]]]:
+    """Indexes a data set and prints what was found -> usable clips, class names, streams needed by split."""
+    root, task, evaluating = settings["data"], settings["task"], "eval" in settings
     if layout == "audioset" and task != "audio_tagging":
         raise InputError(f"--task {task} needs one label a clip, and AudioSet's clips have several; use --task audio_tagging")
-    if layout == "demo":
-        clips, classes = demo_clips(tags=task == "audio_tagging")
-    else:
-        choice = {"audioset": {"split": settings["split"]}, "ucf101": {"fold": settings["fold"]}}.get(layout, {})
-        clips, classes = READERS[layout](root, **choice, skipped=skipped)
-    parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
-    # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
-    student, side = STUDENT_KIND[task], round(settings["size"] * 128 / 112)   # 112 is cropped from a shorter side of 128
-    features = None if evaluating or "teacher_features" not in settings else find_features(settings["teacher_features"], clips)
-    both, alone = ("audio", "video"), (student,)
-    paired = layout == "ucf101" and features is None                        # UCF51: clips without sound are in neither list
-    needs = {"train": both if paired or not (evaluating or features is not None) else alone, "eval": both if paired else alone}
+    choice = {"audioset": {"split": settings["split"]}, "ucf101": {"fold": settings["fold"]}}.get(layout, {})
+    clips, classes = READERS[layout](root, **choice, skipped=skipped) if layout != "demo" else demo_clips(task == "audio_tagging")
     listed = len(clips) + sum(reason.startswith("missing") for _, reason in skipped)
-    lacking = {clip for clip in clips for kind in needs[clip.split] if not (clip.audio if kind == "audio" else clip.video)}
-    skipped += [(clip.audio or clip.id, "missing: no file with the other stream") for clip in lacking]
+    # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
+    features = None if evaluating or "teacher_features" not in settings else find_features(settings["teacher_features"], clips)
+    both, alone = ("audio", "video"), (STUDENT_KIND[task],)
+    paired = layout == "ucf101" and features is None
+    needs = {"train": both if paired or not (evaluating or features is not None) else alone, "eval": both if paired else alone}
+    lacking = {clip: "missing: no file with the other stream" for clip in clips for kind in needs[clip.split]
+               if not (clip.audio if kind == "audio" else clip.video)}
     if features is not None:
-        without = [clip for clip in clips if clip.split == "train" and clip.id not in features]
-        skipped += [(clip.id, f"missing: no <clip id>.npy under {settings['teacher_features']}") for clip in without]
-        lacking.update(without)
+        lacking.update({clip: f"missing: no <clip id>.npy under {settings['teacher_features']}" for clip in clips
+                        if clip.split == "train" and clip.id not in features})
+    skipped += [(clip.id if features is not None else clip.audio or clip.id, reason) for clip, reason in lacking.items()]
+    parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
     clips = [clip for clip in clips if clip.split in parts and clip not in lacking]
     counts = {part: sum(clip.split == part for clip in clips) for part in parts}
     console.say(f"data    {root} ({layout}): {len(classes)} classes, {listed:,} clips listed; with all their files: "
@@ -1578,18 +1592,22 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     for part, count in counts.items():
         if not count:
             raise InputError(f"the {part} split of {root} is empty: no listed clip of it has its files")
+    return clips, classes, needs
+
+def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, console: Console) -> Data:
+    """Indexes a data set, decodes it, writes skipped.csv; settings["seconds"] is fitted to the clips. Raises InputError."""
+    skipped: list[tuple[str, str]] = []
+    clips, classes, needs = list_clips(layout, settings, skipped, console)
+    root, side = settings["data"], round(settings["size"] * 128 / 112)   # 112 is cropped from a shorter side of 128
     load: Any = partial(load_stream, fps=settings["fps"], size=side)
     depends: dict[str, Any] = {"audio": [], "video": [settings["fps"], side]}
     if layout == "demo":
-        dials = {"student": student, "side": side, **{k: settings[k] for k in ("seed", "noise", "mismatch", "fps")}}
+        dials = {"student": STUDENT_KIND[settings["task"]], "side": side, **{k: settings[k] for k in ("seed", "noise", "mismatch", "fps")}}
         load, depends = partial(demo_stream, **dials), {"audio": dials, "video": dials}
     store = ClipStore(cache, clips, load, depends)
     jobs = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
     done = store.decode(jobs, settings["workers"], console.progress("decoding"))
     bad = {i: reason for i, _, reason in done if reason}
-    longest = max((n for i, n, _ in done if needs[clips[i].split][0] == "audio"), default=0) / 32000
-    if longest and not evaluating:
-        settings["seconds"] = min(settings["seconds"], max(longest, 0.4))
     for i, reason in bad.items():
         path = next((path for path in (clips[i].video, clips[i].audio) if path and reason.startswith(f"{path}: ")), None)
         skipped.append((path or clips[i].audio or clips[i].id, reason.removeprefix(f"{path}: ")))
@@ -1601,15 +1619,18 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     if len(bad) > settings["max_skipped"] * len(clips):
         raise InputError(f"{len(bad)} of {len(clips)} clips are unreadable, more than the share --max-skipped "
                          f"{settings['max_skipped']:g}; the first: {next(iter(bad.values()))}")
-    if not evaluation or ("train" in parts and len(train) < 2):
+    training = any(clip.split == "train" for clip in clips)
+    if not evaluation or (training and len(train) < 2):
         raise InputError(f"{len(train)} training and {len(evaluation)} evaluation clips of {root} can be read; it takes 2 and 1")
-    without = sorted(set(range(len(classes))) - {label for i in train for label in clips[i].labels})
-    if "train" in parts and without:
+    if without := sorted(set(range(len(classes))) - {label for i in train for label in clips[i].labels}) if training else []:
         console.warn(f"{len(without)} of {len(classes)} classes have no training clip, such as {classes[without[0]]!r}")
+    longest = max((n for i, n, _ in done if needs[clips[i].split][0] == "audio"), default=0) / 32000
+    if longest and "eval" not in settings:
+        settings["seconds"] = min(settings["seconds"], max(longest, 0.4))
     labels = torch.zeros(len(clips), len(classes))
     for i, clip in enumerate(clips):
         labels[i, list(clip.labels)] = 1.0
-    return Data(store, classes, labels if task == "audio_tagging" else labels.argmax(1), train, evaluation)
+    return Data(store, classes, labels if settings["task"] == "audio_tagging" else labels.argmax(1), train, evaluation)
 
 def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> None:
     """A line a method: the mean of each metric and, over several seeds, its standard deviation."""
@@ -1622,15 +1643,18 @@ def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> No
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         console.say(f"{method:10}" + "".join(f"{cell:>16}" for cell in cells))
 
+def exclude(given: dict[str, Any], first: str, *others: str) -> None:
+    """InputError if an option was given together with one that it excludes."""
+    for other in others:
+        if first in given and other in given:
+            names = [f"--{name.replace('_', '-')}" + (f" {given[name]}" if given[name] is not True else "") for name in (first, other)]
+            raise InputError(f"{names[0]} and {names[1]} exclude each other; give one")
+
 def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
     """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint of --eval."""
-    if "method" in given and "compare" in given:
-        raise InputError(f"--method {given['method']} and --compare {given['compare']} exclude each other; give one")
-    other = next((name for name in ("compare", "method", "resume", "teacher") if name in given), None)
-    if saved and other:
-        raise InputError(f"--eval evaluates one checkpoint and cannot go with --{other}; leave one out")
-    if "teacher" in given and "teacher_features" in given:
-        raise InputError(f"--teacher {given['teacher']} and --teacher-features {given['teacher_features']} exclude each other; give one")
+    exclude(given, "method", "compare")
+    exclude(given, "teacher", "teacher_features")
+    exclude(given, "eval", "compare", "method", "resume", "teacher", "teacher_features")
     if saved and saved["task"] is None:                                  # the authors' or PANNs'
         tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
         saved["task"] = given["task"] if given.get("task") in tasks else tasks[0]
@@ -1638,7 +1662,7 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         raise InputError(f"--eval {given['eval']} is a checkpoint of --task {saved['task']}, not of {given['task']}")
     inherited = {name: value for name, value in saved.get("settings", {}).items() if name not in RUN_OPTIONS - {"seed"}}
     layout = find_layout(given.get("data", inherited.get("data", "demo")))
-    settings = {**RECIPES["all"], **RECIPES.get(layout, {}), "task": saved.get("task", "audio_tagging"), **inherited, **given}
+    settings = {**DEFAULTS, **RECIPES.get(layout, {}), **({"task": saved["task"]} if saved else {}), **inherited, **given}
     if layout in ("annotation", "activitynet") and "teacher" not in given and any(Path(settings["data"]).rglob("*.npy")):
         settings.setdefault("teacher_features", settings["data"])        # the authors' release brings them
     if settings["device"] == "auto":
@@ -1655,6 +1679,20 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         load_checkpoint(settings["teacher"])                            # refused now rather than after decoding
     return layout, methods, settings
 
+def evaluate(job: Job, saved: dict[str, Any]) -> dict[str, Any]:
+    """The results of --eval. InputError if the checkpoint is of the teacher's modality or of other classes."""
+    settings, data, checkpoint = job.settings, job.data, job.settings["eval"]
+    if saved["network"]["kind"] != job.spec.kind:
+        raise InputError(f"--eval {checkpoint} is a teacher, a network for {saved['network']['kind']}; give a student's")
+    known = saved["classes"] or data.classes                            # others' checkpoints do not name theirs
+    if data.classes != known or len(known) != saved["network"]["num_classes"]:
+        raise InputError(f"--eval {checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, ...), "
+                         f"{settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); they must be the same")
+    network = make_network(**saved["network"]).to(settings["device"])
+    network.load_state_dict(saved["student"])
+    return {"task": settings["task"], "data": settings["data"], "method": saved["method"], "seed": saved["seed"],
+            "metrics": final_metrics(job, network), "teacher": None, "clips": {"eval": len(data.eval)}, "checkpoint": checkpoint}
+
 def run(given: dict[str, Any]) -> None:
     """What `main` does with the options given on the command line."""
     begun, saved = time.time(), load_checkpoint(given["eval"]) if "eval" in given else {}
@@ -1669,33 +1707,21 @@ def run(given: dict[str, Any]) -> None:
     data = open_data(layout, settings, cache, out, console)
     spec = ViewSpec(kind, settings["frames"], settings["size"], round(settings["seconds"] * 32000), settings["crop_area"],
                     settings["flip"], settings["strong"])
+    job = Job(settings, data, spec, console)
     if saved:
-        if saved["network"]["kind"] != kind:
-            raise InputError(f"--eval {given['eval']} is a teacher, a network for {saved['network']['kind']}; give a student's")
-        if data.classes != saved["classes"] and (saved["classes"] or len(data.classes) != saved["network"]["num_classes"]):
-            saved["classes"] = saved["classes"] or ["?"] * saved["network"]["num_classes"]
-            raise InputError(f"--eval {given['eval']} knows {len(saved['classes'])} classes ({', '.join(saved['classes'][:3])}, "
-                             f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); they must "
-                             "be the same")
-        network, prepare = make_network(**saved["network"]).to(settings["device"]), Prepare(spec.size).to(settings["device"])
-        network.load_state_dict(saved["student"])
-        metrics = final_metrics(network, data, spec, settings, prepare, console.progress("evaluation"))
-        save(out / "results.json", {"task": task, "data": settings["data"], "method": saved["method"], "seed": saved["seed"],
-                                    "metrics": metrics, "teacher": None, "clips": {"eval": len(data.eval)},
-                                    "seconds": round(time.time() - begun, 1), "checkpoint": given["eval"]})
-        return print_table({saved["method"]: [metrics]}, console)
-    shown = [name for name in RECIPES["all"] if name == "epochs" or name not in RUN_OPTIONS | {"task", "data"}]
+        results = evaluate(job, saved)
+        save(out / "results.json", {**results, "seconds": round(time.time() - begun, 1)})
+        return print_table({saved["method"]: [results["metrics"]]}, console)
+    shown = [name for name in DEFAULTS if name == "epochs" or name not in RUN_OPTIONS | {"task", "data"}]
     console.say("recipe  " + ", ".join(f"{name} {settings[name]}" for name in shown))
     teacher, info = None, {"kind": "none"}
     if methods != ["student"]:
-        other = spec._replace(kind="audio" if kind == "video" else "video")
-        teacher, info = embed_clips(data, other, settings, cache, console)
+        teacher, info = embed_clips(job._replace(spec=spec._replace(kind="audio" if kind == "video" else "video")), cache)
     rows = {"teacher": [info["metrics"]]} if info.get("metrics") else {}
     for seed in range(first, first + settings["seeds"]):
         for method in methods:
             folder = out if len(methods) == settings["seeds"] == 1 else out / f"{method}-s{seed}"
-            results = train_student(method, seed, data, teacher, spec, settings, folder, console)
-            results.update(teacher=info, warnings=console.warnings)
+            results = {**train_student(job, method, seed, teacher, folder), "teacher": info, "warnings": console.warnings}
             save(folder / "results.json", results)
             rows.setdefault(method, []).append(results["metrics"])
     if len(methods) > 1 or settings["seeds"] > 1:
@@ -1713,11 +1739,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)   # a worker's error carries its traceback
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("\ninterrupted; the same command with --resume goes on from the last epoch", file=sys.stderr)
-        return 130
+        return stop.args[0] if stop.args else 130
     return 0
+
+def terminate(*_: Any) -> NoReturn:
+    """SIGTERM, which job schedulers send, ends a run like Ctrl-C but with exit code 143."""
+    raise KeyboardInterrupt(143)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())
