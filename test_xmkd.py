@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -886,6 +887,41 @@ def test_stop_and_resume_equals_one_straight_run(tmp_path, media):
     assert rows[0] == rows[1] and len(rows[0]) == 2
 
 
+def test_sigterm_ends_with_143_and_the_run_can_be_resumed(tmp_path, media):
+    command = [sys.executable, str(HERE / "xmkd.py"), *TINY, "--data", str(media), "--method", "student", "--epochs", "500", "--eval-every", "500", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for _ in range(600):
+        if (tmp_path / "run" / "last.pt").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.terminate()
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume" in printed and "Traceback" not in printed
+    saved = xmkd.load_checkpoint(tmp_path / "run" / "last.pt")
+    epochs = str(saved["epoch"] + 1)
+    arguments = [a if a != "2" or b != "--epochs" else epochs for b, a in zip(["", *TINY], TINY)]
+    assert xmkd.main([*arguments, "--data", str(media), "--method", "student", "--eval-every", "500", "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert xmkd.load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == int(epochs)
+
+
+def test_a_loss_that_is_not_finite_is_named_with_step_and_clips(tmp_path, media, capsys):
+    common = [*TINY, "--data", str(media), "--method", "student", "--batch-size", "4", "--eval-every", "1", "--out", str(tmp_path / "run"), "--cache", str(media.parent / "cache")]
+    assert xmkd.main([*common, "--epochs", "1"]) == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    step, calls = xmkd.train_step, []
+
+    def broken(*arguments, **more):
+        terms = step(*arguments, **more)
+        calls.append(terms)
+        return {name: value * float("nan") for name, value in terms.items()} if len(calls) == 3 else terms
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xmkd, "train_step", broken)
+        assert xmkd.main([*common, "--epochs", "3", "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"not finite in step 3 of epoch 2: \{'cls': nan\}; clips (train/(high|low)/\d(, )?){4}; lower --lr", error)
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
 def test_the_student_memorises_eight_clips(tmp_path):
     data = demo_data(tmp_path, clips=10)
     torch.manual_seed(0)
@@ -1122,10 +1158,21 @@ def test_every_option_is_used_and_explained(capsys):
         assert action.dest in ("help", "version") or len(re.findall(rf"""["']{action.dest}["']""", source)) >= 2 - ("-" in action.option_strings[0][2:]), action.dest
 
 
+def test_recipes_follow_the_data_set(tmp_path):
+    (tmp_path / "activity_net.v1-3.min.json").write_text('{"database": {"a": {"annotations": [{"segment": [0, 1]}]}}}')
+    _, methods, settings = xmkd.settle({"data": str(tmp_path), "task": "action_recognition", "lr": 0.1}, {})
+    assert (settings["batch_size"], settings["csc_offset"], settings["epochs"], settings["lr"], methods) == (64, 0.2, 200, 0.1, ["xmkd"])
+    (tmp_path / "ucfTrainTestlist").mkdir()
+    settings = xmkd.settle({"data": str(tmp_path)}, {})[2]
+    assert (settings["batch_size"], settings["csc_offset"], settings["epochs"], settings["lr"], settings["width"]) == (32, 0.07, 200, 3e-4, 64)
+    assert xmkd.settle({"compare": "paper"}, {})[1] == list(xmkd.METHODS)
+
+
 def test_readme_commands_parse():
     text = (HERE / "README.md").read_text()
     commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if "python xmkd.py" in line]
-    assert len(commands) >= 5
+    commands += re.findall(r"\| `(python xmkd.py[^`]*)` \|", text)                          # the table of experiments
+    assert len(commands) >= 12
     for command in commands:
         xmkd.build_parser().parse_args(command.split("python xmkd.py", 1)[1].replace("\\", "").split())
 
