@@ -40,7 +40,7 @@ import time
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -438,37 +438,37 @@ class Prepare(nn.Module):
 
 # ============================================== 4. Media (PyAV; opened and closed per call, one thread)
 @contextmanager
-def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """PyAV container of a local regular file, gzipped or not; what FFmpeg refuses is an InputError naming the file."""
+def open_media(path: str | Path, kind: str) -> Iterator[Any]:
+    """The stream of `kind` ("audio", "video") that FFmpeg deems best in a local file, gzipped or not; on one thread.
+
+    What is wrong with the file, here or in the block that reads it, is an InputError that begins with its path.
+    """
     name = os.fspath(path)
-    if not os.path.isfile(name):
-        raise InputError(f"{name}: not a regular file" if os.path.exists(name) else f"{name}: no such file")
-    if os.path.getsize(name) == 0:
-        raise InputError(f"{name}: empty file (0 bytes)")
     av.logging.set_level(None)                                                  # FFmpeg's own messages name no file
     try:
+        if not os.path.isfile(name):
+            raise InputError("not a regular file" if os.path.exists(name) else "no such file")
+        if os.path.getsize(name) == 0:
+            raise InputError("empty file (0 bytes)")
         with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
             with av.open(file, "r", metadata_errors="replace") as container:
-                yield container
+                stream = container.streams.best(kind)
+                if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
+                    raise InputError(f"no {kind} stream")                       # a cover picture is no video
+                stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+                yield stream
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     except (av.error.FFmpegError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{name}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
 
-def open_stream(path: str | os.PathLike[str], container: Any, kind: str) -> Any:
-    """The stream of `kind` ("audio", "video") that FFmpeg deems best, on one thread; a cover picture is no video."""
-    stream = container.streams.best(kind)
-    if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
-        raise InputError(f"{os.fspath(path)}: no {kind} stream")
-    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-    return stream
-
-def timed_frames(container: Any, stream: Any, start: float, end: float | None) -> Iterator[tuple[float, Any]]:
-    """(seconds since the container's start, frame) from just before `start` to the first at `end`; damaged packets are dropped."""
+def timed_frames(stream: Any, start: float, end: float | None) -> Iterator[tuple[float, Any]]:
+    """(seconds since the file's start, frame) from just before `start` to the first at `end`; damaged packets are dropped."""
+    container = stream.container
     origin = (container.start_time or 0) / av.time_base
     if start > 0:
-        try:
+        with suppress(av.error.FFmpegError):                                    # no index: decode from the beginning
             container.seek(int((max(start - 0.5, 0.0) + origin) * av.time_base))
-        except av.error.FFmpegError:
-            pass                                                                # no index: decode from the beginning
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
@@ -480,53 +480,53 @@ def timed_frames(container: Any, stream: Any, start: float, end: float | None) -
             if end is not None and seconds >= end:                              # tells how long the one before is shown
                 return
 
-def check_length(path: str | os.PathLike[str], container: Any, stream: Any, start: float, end: float | None,
-                 got: float) -> None:
+def check_length(stream: Any, start: float, end: float | None, got: float) -> None:
     """Raises InputError where the header promises over 10 % (at least 0.3 s) more than the seconds got: a cut-off file."""
-    hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")               # where Matroska keeps it
-    total = float(stream.duration * stream.time_base) if stream.duration else int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    if got <= 0:
+        raise InputError(f"no {stream.type} between {start:g} and {'the end' if end is None else f'{end:g}'} s")
+    container, clock = stream.container, stream.metadata.get("DURATION", "0:0:0").split(":")    # where Matroska keeps it
+    total = float(stream.duration * stream.time_base) if stream.duration else np.dot([*map(float, clock)], [3600, 60, 1])
     if not total and len(container.streams) == 1:
         total = (container.duration or 0) / av.time_base
     promised = 0.0 if container.format.name in ("mp3", "aac") else min(total, end or total) - start    # those only guess it
-    if got <= 0:
-        raise InputError(f"{os.fspath(path)}: no {stream.type} between {start:g} and {'the end' if end is None else f'{end:g}'} s")
     if got < promised - max(0.3, 0.1 * promised):
-        raise InputError(f"{os.fspath(path)}: truncated, {got:.1f} of {promised:.1f} s of {stream.type} decoded")
+        raise InputError(f"truncated, {got:.1f} of {promised:.1f} s of {stream.type} decoded")
 
-def decode_audio(path: str | os.PathLike[str], start: float = 0.0, end: float | None = None, rate: int = 32000) -> Tensor:
+def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None, rate: int = 32000) -> Tensor:
     """Samples of the file's best audio stream between two times: (samples,) float32, mono, about -1..1.
 
     start, end  seconds on the file's own clock; end=None reads to its end.   rate  Hz.
     Raises InputError: unreadable, no audio stream, nothing in the range, shorter than the header promises.
     """
     pieces: list[Any] = []
-    first = resampler = layout = None
-    with open_media(path) as container:
-        stream = open_stream(path, container, "audio")
-        for seconds, frame in timed_frames(container, stream, start, end):
-            first = seconds if first is None else first
-            if layout != (layout := (frame.format.name, frame.layout.name, frame.sample_rate)):
-                pieces += resampler.resample(None) if resampler else []         # parameters can change in mid-stream
-                resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
-            frame.pts = None                                                    # no gap filling: sample counts keep time
-            pieces += resampler.resample(frame)
-        pieces += resampler.resample(None) if resampler else []
-        samples = np.concatenate([piece.to_ndarray()[0] for piece in pieces]) if pieces else np.zeros(0, np.float32)
+    first = None
+    with open_media(path, "audio") as stream:
+        layout = lambda item: (item[1].format.name, item[1].layout.name, item[1].sample_rate)   # can change in mid-stream
+        for _, group in itertools.groupby(timed_frames(stream, start, end), layout):
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+            for seconds, frame in group:
+                first = seconds if first is None else first
+                frame.pts = None                                                # no gap filling: sample counts keep time
+                pieces += resampler.resample(frame)
+            pieces += resampler.resample(None)
+        samples = np.concatenate([np.zeros(0, np.float32), *(piece.to_ndarray()[0] for piece in pieces)])
         begin = max(round((start - (first or 0.0)) * rate), 0)
         samples = samples[begin:None if end is None else begin + round((end - start) * rate)]
-        check_length(path, container, stream, start, end, len(samples) / rate)
+        check_length(stream, start, end, len(samples) / rate)
     return torch.from_numpy(samples)
 
 def to_picture(frame: Any, size: tuple[int, int] | int, reformatter: VideoReformatter) -> Any:
     """A decoded frame as (3, H, W) uint8 RGB, turned upright; `size` as in `decode_video`."""
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4                # phones store the turn beside the picture
     sides = (frame.width, frame.height)
-    target = [round(size * min(side / min(sides), 4)) for side in sides] if isinstance(size, int) else size[::-1]
-    target = target if isinstance(size, int) or turns % 2 == 0 else target[::-1]
-    image = reformatter.reformat(frame, *target, "rgb24", threads=1).to_ndarray()
+    if isinstance(size, int):
+        width, height = (round(size * min(side / min(sides), 4)) for side in sides)
+    else:
+        height, width = size if turns % 2 == 0 else size[::-1]
+    image = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
     return np.rot90(image, turns).transpose(2, 0, 1)
 
-def decode_video(path: str | os.PathLike[str], start: float = 0.0, end: float | None = None, fps: float = 4.0,
+def decode_video(path: str | Path, start: float = 0.0, end: float | None = None, fps: float = 4.0,
                  size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the file's best video stream at a fixed rate: (T, 3, H, W) uint8 RGB, T = ceil(seconds * fps).
 
@@ -534,21 +534,21 @@ def decode_video(path: str | os.PathLike[str], start: float = 0.0, end: float | 
     size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1).
     Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
-    frames: list[Any] = []
-    reformatter, shown, shown_image, last = VideoReformatter(), None, None, start
-    with open_media(path) as container:
-        stream = open_stream(path, container, "video")
+    pictures: list[Any] = []
+    reformatter, seconds = VideoReformatter(), start
+    with open_media(path, "video") as stream:
         period = 1 / float(stream.average_rate or 25)
-        for seconds, frame in itertools.chain(timed_frames(container, stream, start, end), [(math.inf, None)]):
-            stop = min(seconds, last + period if frame is None else math.inf, math.inf if end is None else end)
-            while shown is not None and start + len(frames) / fps < stop - 1e-6:
-                shown_image = to_picture(shown, size, reformatter) if shown_image is None else shown_image
-                frames.append(shown_image)
-            shown, shown_image, last = frame, None, seconds if frame is not None else last
-        check_length(path, container, stream, start, end, last + period - start if frames else 0.0)
-    return torch.from_numpy(np.stack(frames))
+        timed = itertools.chain(timed_frames(stream, start, end), [(None, None)])
+        for (seconds, frame), (following, _) in itertools.pairwise(timed):
+            stop = min(seconds + period if following is None else following, math.inf if end is None else end)
+            picture = None
+            while start + len(pictures) / fps < stop - 1e-6:
+                picture = to_picture(frame, size, reformatter) if picture is None else picture
+                pictures.append(picture)
+        check_length(stream, start, end, seconds + period - start if pictures else 0.0)
+    return torch.from_numpy(np.stack(pictures))
 
-def decode_hdf5(path: str | os.PathLike[str], size: tuple[int, int] | int = (128, 171)) -> Tensor:
+def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the authors' HDF5 files (dataset `video`, one JPEG a frame) as they are: (T, 3, H, W) uint8 RGB.
 
     size as in `decode_video`. Raises InputError: h5py is not installed, or the file is not of this kind.
@@ -556,15 +556,15 @@ def decode_hdf5(path: str | os.PathLike[str], size: tuple[int, int] | int = (128
     try:
         import h5py
     except ImportError as error:
-        raise InputError(f"{os.fspath(path)}: frames in HDF5 need the package h5py; pip install h5py") from error
+        raise InputError(f"{path}: frames in HDF5 need the package h5py; pip install h5py") from error
     codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()
     codec.thread_count = 1
     try:
         with h5py.File(path) as file:
-            packets = [av.Packet(np.asarray(jpeg, np.uint8).tobytes()) for jpeg in file["video"]]
-        return torch.from_numpy(np.stack([to_picture(codec.decode(packet)[0], size, reformatter) for packet in packets]))
+            frames = [codec.decode(av.Packet(np.asarray(jpeg, np.uint8).tobytes()))[0] for jpeg in file["video"]]
+        return torch.from_numpy(np.stack([to_picture(frame, size, reformatter) for frame in frames]))
     except (OSError, KeyError, ValueError, IndexError, av.error.FFmpegError) as error:
-        raise InputError(f"{os.fspath(path)}: no HDF5 file with a JPEG a frame in `video` ({error})") from error
+        raise InputError(f"{path}: no HDF5 file with a JPEG a frame in `video` ({error})") from error
 
 # ============================================== 5. Data sets
 class Clip(NamedTuple):
@@ -799,8 +799,8 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
     if path.endswith(".hdf5"):
         return decode_hdf5(path, size)
     if start > 0 and end is not None:
-        with open_media(path) as container:
-            duration = (container.duration or 0) / av.time_base
+        with open_media(path, kind) as stream:
+            duration = (stream.container.duration or 0) / av.time_base
         if 0 < duration <= end - start + 0.5 or (0 < duration < end and duration + start < 2 * end - duration):
             start, end = 0.0, end - start
     return decode_audio(path, start, end) if kind == "audio" else decode_video(path, start, end, fps, size)
