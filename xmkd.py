@@ -84,7 +84,7 @@ def label_overlap(labels: Tensor) -> Tensor:
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (B, C) in nats, mean over clips; for multi-hot tags (B, C) binary ones, summed over tags.
 
-    The sum is ours: a mean over tags shrinks with C until CSC drowns it (demo: mAP 0.18 with the mean, 0.83 with the sum).
+    The sum is ours: a mean over tags shrinks with C until CSC drowns it (demo: mAP 0.18 with the mean, 0.83 with it).
     """
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
@@ -129,7 +129,7 @@ class Filtered(NamedTuple):
     attention: Tensor  # (B, K) where the purified teacher looks on the student's map; rows sum to 1
 
 class ModalityNoiseFilter(nn.Module):
-    """MNF: gates the teacher by what the student sees, then asks the student's map with it (authors' module of that name).
+    """MNF: gates the teacher by what the student sees, then asks the student's map with it (authors' module).
 
     num_classes  C
     dim          D, channels of the student's map
@@ -175,7 +175,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         filter_terms = {"filter_cls": classification_loss(filtered.logits, labels),                   # 4. filter loss
                         "sparsity": sparsity * sparsity_loss(weight),    # of the gate's last layer only, as released
                         "triplet": triplet_loss(features.pooled, raw, filtered.teacher, margin)}
-        student_terms["csc"] = csc_loss(features.pooled, filtered.evidence, similarity, labels, offset)   # 5. student loss
+        student_terms["csc"] = csc_loss(features.pooled, filtered.evidence, similarity, labels, offset)   # 5.
     elif noise_filter is not None:
         student_terms["distill"] = noise_filter.train()(features, teacher, labels)
     optimizer.zero_grad(set_to_none=True)
@@ -199,7 +199,7 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.log_softmax(1) if labels.ndim == 1 else torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
 
 def kd_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 4.0) -> Tensor:
-    """Soft targets (Hinton et al. 2015, arXiv 1503.02531): KL of softened predictions (B, C), times temperature squared."""
+    """Soft targets (Hinton et al. 2015, arXiv 1503.02531): KL of softened predictions (B, C) times temperature squared."""
     student, teacher = (log_probabilities(x / temperature, labels) for x in (logits, teacher_logits))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature ** 2
 
@@ -233,7 +233,7 @@ def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Mo
         return csc_loss(a, b, constant, labels, temperature) + csc_loss(b, a, constant, labels, temperature)
     joint, own = composition(features.pooled), composition(features.pooled.detach())     # own: trains `compose` only
     p, q = log_probabilities(features.logits, labels), log_probabilities(classify(joint), labels)
-    symmetric = F.kl_div(p, q, reduction="batchmean", log_target=True) + F.kl_div(q, p, reduction="batchmean", log_target=True)
+    symmetric = sum(F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((p, q), (q, p)))
     return (classification_loss(classify(own), labels) + contrast(own, teacher) + contrast(features.pooled, teacher)
             + contrast(features.pooled, joint) + symmetric)
 
@@ -248,9 +248,10 @@ class Distiller(nn.Module):
         super().__init__()
         self.method, self.offset = method, offset
         to_student = nn.Identity() if teacher_dim == dim else nn.Linear(teacher_dim, dim)
-        self.teacher = {"csc": to_student, "ccl": to_student, "crd": nn.Linear(teacher_dim, 128)}.get(method, nn.Identity())
+        nothing, to_common = nn.Identity(), nn.Linear(teacher_dim, 128)
+        self.teacher = {"csc": to_student, "ccl": to_student, "crd": to_common}.get(method, nothing)
         self.student = {"crd": nn.Linear(dim, 128), "fitnet": nn.Linear(dim, teacher_dim),
-                        "ccl": nn.Linear(2 * dim, dim)}.get(method, nn.Identity())
+                        "ccl": nn.Linear(2 * dim, dim)}.get(method, nothing)
         self.classify = probe or (nn.Linear(dim, num_classes) if method == "ccl" else nn.Identity())
 
     def forward(self, features: Features, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -267,7 +268,7 @@ class Distiller(nn.Module):
         return crd_loss(projected, teacher, labels) if self.method == "crd" else fitnet_loss(projected, teacher)
 
 def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int, decay: float = 1e-3) -> nn.Linear:
-    """Frozen logistic regression from embeddings (N, D) to logits (N, C), by L-BFGS; `decay` is relative to their variance."""
+    """Frozen logistic regression from embeddings (N, D) to logits (N, C) by L-BFGS; `decay` is relative to their variance."""
     probe = nn.Linear(embeddings.shape[1], num_classes)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
     def closure() -> Tensor:
@@ -287,7 +288,7 @@ class Features(NamedTuple):
     logits: Tensor  # (B, C)
 
 class FactorisedConv3d(nn.Module):
-    """(B, c_in, T, H, W) -> (B, c_out, T', H', W'): spatial conv, BN, ReLU, temporal conv, about as many weights as whole."""
+    """(B, c_in, T, H, W) -> (B, c_out, T', H', W'): spatial conv, BN, ReLU, temporal conv; as many weights as one 3-d conv."""
     def __init__(self, c_in: int, c_out: int, kernel: Sequence[int], stride: Sequence[int] = (1, 1, 1)) -> None:
         super().__init__()
         (kt, kh, kw), (st, sh, sw) = kernel, stride
@@ -400,11 +401,10 @@ class AudioNet(nn.Module):
         return Features(x.flatten(2).transpose(1, 2), pooled, self.fc_audioset(pooled))
 
 def make_network(kind: str, num_classes: int, width: int, **more: Any) -> nn.Module:
-    """The student, or a teacher from scratch, of one modality; D = 8 * width for both. `more`: the class's own arguments."""
+    """The student or a teacher from scratch of one modality; D = 8 * width for both. `more`: the class's own arguments."""
     if kind == "video":        # channels-last: 1.1 to 1.5 times faster steps, same numbers
-        return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    audio = AudioNet(num_classes, width, **{"dim": 8 * width, **more})
-    return audio.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)  # type: ignore
+    return AudioNet(num_classes, width, **{"dim": 8 * width, **more}).to(memory_format=torch.channels_last)  # type: ignore
 
 class Prepare(nn.Module):
     """Raw views -> network input in float32, on the views' device.
@@ -581,68 +581,68 @@ def is_sound_only(path: str) -> bool:
     """True for the extensions that hold sound without picture."""
     return path.lower().endswith((".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".wav.gz"))
 
-def walk_files(root: str | os.PathLike[str]) -> Iterator[str]:
-    """Paths of the files under `root`, upper folders first; linked folders are followed, each once, hidden ones not."""
+def walk_files(root: str | Path, *endings: str) -> Iterator[str]:
+    """Paths of the files under `root` with such endings, upper folders first; linked folders once each, hidden ones not."""
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
+        if (here := os.stat(folder)[1:3]) in seen:                                         # inode and device
             subfolders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        seen.add(here)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in files if name[0] != "." and name.endswith(endings or ""))
 
-def walk_media(root: str | os.PathLike[str]) -> list[str]:
+def walk_media(root: str | Path) -> list[str]:
     """Sorted paths of the media files under `root`, told by extension."""
     pictures = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".hdf5")
     return sorted(path for path in walk_files(root) if is_sound_only(path) or path.lower().endswith(pictures))
 
-def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]], root: str | os.PathLike[str],
-                skipped: list[tuple[str, str]]) -> list[Clip]:
+def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]], root: str | Path,
+                skipped: list[tuple[str, str]] | None) -> list[Clip]:
     """The listed clips with their files under `root`; sound and picture may be two. Those without go to `skipped`.
 
-    owners  keys of `listed` that a file name stands for.  Raises InputError, with three ids and names, where none has a file.
+    owners  keys of `listed` that a file name stands for.  Raises InputError, with three ids and names, where none has one.
     """
-    sound: dict[str, str] = {}
-    picture: dict[str, str] = {}
+    files: dict[bool, dict[str, str]] = {True: {}, False: {}}                              # sound only? -> key -> path
     media = walk_media(root)
     for path in media:
         for key in owners(os.path.basename(path)):
-            (sound if is_sound_only(path) else picture).setdefault(key, path)              # of copies the first
-    if not sound.keys() | picture.keys():
-        names = [os.path.basename(path) for path in media]
-        raise InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: "
-                         f"{', '.join([*listed][:3]) or 'none'}; files seen: {', '.join(names[:3]) or 'none'}; names must agree")
-    skipped += [(clip.id, "missing: listed, but no file has its name") for key, clip in listed.items()
-                if key not in sound and key not in picture]
-    frames = {key for key, path in picture.items() if path.endswith(".hdf5")}              # hold no sound
-    return [clip._replace(audio=sound.get(key, None if key in frames else picture.get(key)), video=picture.get(key))
-            for key, clip in listed.items() if key in sound or key in picture]
+            files[is_sound_only(path)].setdefault(key, path)                               # of copies the first
+    picture = files[False]
+    sound = {key: path for key, path in picture.items() if not path.endswith(".hdf5")} | files[True]    # HDF5 is mute
+    found = picture | sound
+    if not found:
+        first, seen = (", ".join(map(os.path.basename, names[:3])) or "none" for names in ([*listed], media))
+        raise InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: {first}; files seen: "
+                         f"{seen}; names must agree")
+    if skipped is not None:
+        skipped += [(listed[key].id, "missing: listed, but no file has its name") for key in listed if key not in found]
+    return [clip._replace(audio=sound.get(key), video=picture.get(key)) for key, clip in listed.items() if key in found]
 
-def read_segments(table: str, split: str, index_of: dict[str, int], listed: dict[str, Clip],
-                  skipped: list[tuple[str, str]]) -> None:
-    """Adds the rows of an AudioSet list, `id, start, end, "mid,mid"`, to `listed`; tolerates what editors do to such files."""
+def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
+    """("file:line", fields) of a list in CSV; tolerates what editors do to such files."""
     with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
         for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
-            fields = [f for f in (field.strip(' "') for field in ",".join(row).split(",")) if f]
-            if not fields or fields[0].startswith("#"):
-                continue
-            try:
-                ytid, start, end, mids = fields[0], float(fields[1]), float(fields[2]), fields[3:]
-                if not (len(ytid) == 11 and 0 <= start < end < math.inf and mids):
-                    raise ValueError
-            except (ValueError, IndexError):
-                raise InputError(f"{table}:{number}: expected 'id, start, end, \"label,label\"' with 11 characters of "
-                                 f"id, 0 <= start < end, got {','.join(row)!r}; mend or remove the line") from None
-            if unknown := [mid for mid in mids if mid not in index_of]:
-                raise InputError(f"{table}:{number}: unknown label {unknown[0]!r}, it is not in class_labels_indices.csv")
-            if ytid in listed:
-                skipped.append((f"{ytid} ({table}:{number})", "listed twice; the first row counts"))
-            labels = tuple(sorted({index_of[mid] for mid in mids}))
-            listed.setdefault(ytid, Clip(ytid, labels, split, start=start, end=end))
+            yield f"{table}:{number}", row
 
-def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
+def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[tuple[str, Clip]]:
+    """("file:line", clip) of the rows of an AudioSet list, `id, start, end, "mid,mid"`, also without its quotes."""
+    for place, row in read_rows(table):
+        fields = [f for f in (field.strip(' "') for field in ",".join(row).split(",")) if f]
+        if not fields or fields[0].startswith("#"):
+            continue
+        try:
+            ytid, start, end, mids = fields[0], float(fields[1]), float(fields[2]), fields[3:]
+            if not (len(ytid) == 11 and 0 <= start < end < math.inf and mids):
+                raise ValueError
+            yield place, Clip(ytid, tuple(sorted({index_of[mid] for mid in mids})), split, start=start, end=end)
+        except (ValueError, IndexError):
+            raise InputError(f"{place}: expected 'id, start, end, \"label,label\"' with 11 characters of id, "
+                             f"0 <= start < end, got {','.join(row)!r}; mend or remove the line") from None
+        except KeyError as error:
+            raise InputError(f"{place}: unknown label {error}, it is not in class_labels_indices.csv") from None
+
+def read_audioset(root: str | Path, split: str = "balanced",
                   skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """AudioSet: `class_labels_indices.csv`, `*_segments.csv` and media anywhere under `root` -> clips, display names.
 
@@ -652,7 +652,7 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
     wherever it lies. Raises InputError naming file and line.
     """
     skipped = [] if skipped is None else skipped
-    tables = sorted(path for path in walk_files(root) if path.endswith(".csv"))
+    tables = sorted(walk_files(root, ".csv"))
     labels_file = next((path for path in tables if os.path.basename(path) == "class_labels_indices.csv"), None)
     if labels_file is None:
         raise InputError(f"no class_labels_indices.csv under {root}; AudioSet publishes it beside the segment lists")
@@ -663,16 +663,18 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{labels_file}: expected UTF-8 with a header index,mid,display_name ({error!r})") from error
     listed: dict[str, Clip] = {}
-    for table in tables:
+    for table in (path for path in tables if path.endswith("_segments.csv")):
         kind = next((k for k in ("unbalanced", "balanced", "eval") if k in os.path.basename(table)), "")
-        if table.endswith("_segments.csv") and kind and (kind == "eval" or split in (kind, "all")):
-            read_segments(table, "eval" if kind == "eval" else "train", index_of, listed, skipped)
+        if kind and (kind == "eval" or split in (kind, "all")):
+            for place, clip in read_segments(table, "eval" if kind == "eval" else "train", index_of):
+                if listed.setdefault(clip.id, clip) is not clip:
+                    skipped.append((f"{clip.id} ({place})", "listed twice; the first row counts"))
     def owners(name: str) -> list[str]:                       # bare id first: ids may begin with any of the prefixes
-        starts = [name[len(prefix):len(prefix) + 11] for prefix in ("", "Y", "v_", "id_", "v") if name.startswith(prefix)]
+        starts = [name.removeprefix(prefix)[:11] for prefix in ("", "Y", "v_", "id_", "v")]
         return [ytid for ytid in starts if ytid in listed][:1]
     return match_files(listed, owners, root, skipped), classes
 
-def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
+def read_ucf101(root: str | Path, fold: int = 1,
                 skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """UCF-101: `UCF-101/<Class>/*.avi` and `ucfTrainTestlist/` -> clips and names of the 51 classes that have sound.
 
@@ -692,7 +694,7 @@ def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
         names, train, evaluation = ((lists / name).read_text("utf-8-sig").splitlines() for name in
                                     ("classInd.txt", f"trainlist0{fold}.txt", f"testlist0{fold}.txt"))
     except OSError as error:
-        raise InputError(f"{error.filename} is missing; it is part of UCF-101's train/test lists (--fold 1, 2 or 3)") from None
+        raise InputError(f"{error.filename} is missing; UCF-101's train/test lists have it (--fold 1, 2 or 3)") from None
     classes = sorted(line.split()[-1] for line in names if line.strip() and line.split()[-1].lower() in with_sound)
     index_of, listed = {name.lower(): i for i, name in enumerate(classes)}, {}
     for part, lines in (("train", train), ("eval", evaluation)):
@@ -707,19 +709,18 @@ def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
         return [stem] if stem in listed and not is_sound_only(name) else []
     return match_files(listed, owners, folders.get("ucf-101", Path(root)), skipped), classes
 
-def annotation_file(root: str | os.PathLike[str]) -> str | None:
+def annotation_file(root: str | Path) -> str | None:
     """The JSON that `read_annotations` reads."""
-    return next((path for path in walk_files(root) if (name := os.path.basename(path)) == "annotation.json"
-                 or (name.startswith("activity_net") and name.endswith(".json"))), None)
+    names = ("annotation.json", "activity_net")
+    return next((path for path in walk_files(root, ".json") if os.path.basename(path).startswith(names)), None)
 
-def read_annotations(root: str | os.PathLike[str],
-                     skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
+def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """ActivityNet's `activity_net*.json` with `v_<id>.*` videos, or the authors' `annotation.json` with `<id>.hdf5` frames.
 
     Each annotated segment is a clip (authors); its file is `<clip id>.*`, cut already, or the whole video `v_<id>.*`.
     Class order is that of the file's `labels`, else alphabetical. Raises InputError.
     """
-    skipped, path = [] if skipped is None else skipped, annotation_file(root)
+    path = annotation_file(root)
     listed: dict[str, Clip] = {}
     segments: dict[str, list[str]] = {}                                         # whole video: its clips
     try:
@@ -735,42 +736,38 @@ def read_annotations(root: str | os.PathLike[str],
                 listed[name.lower()] = Clip(name, (index_of[note["label"]],), part, None, None, start, end)
                 segments.setdefault(name.lower().rpartition("_")[0], []).append(name.lower())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: expected `database` of id: subset, label, segment or annotations ({error!r})") from error
+        raise InputError(f"{path}: expected `database` of id: subset, label, segment or annotations ({error!r})") from None
     def owners(name: str) -> list[str]:
         stem = os.path.splitext(name)[0].lower()
         return [stem] if stem in listed else segments.get(stem, segments.get(f"v_{stem}", []))
     return match_files(listed, owners, root, skipped), classes
 
-def read_vggsound(root: str | os.PathLike[str],
-                  skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
+def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """VGGSound: `vggsound.csv` (id, start, label, split) or `train.csv` and `test.csv` (file, label), `<id>_<start:06d>.*`.
 
     A clip lasts 10 s. Other downloaders' `v<id>_<start>_...` is found too. Raises InputError naming file and line.
     """
-    skipped, rows = [] if skipped is None else skipped, {}
-    tables = {os.path.basename(path): path for path in walk_files(root) if path.endswith(".csv")}
-    for table in [tables[n] for n in (["vggsound.csv"] if "vggsound.csv" in tables else ["train.csv", "test.csv"]) if n in tables]:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
-                try:
-                    if len(row) == 2:
-                        row = [row[0][:11], os.path.splitext(row[0])[0][12:], row[1], Path(table).stem]
-                    ytid, start, label, split = row
-                    rows[f"{ytid}_{int(start):06d}"] = (label, {"train": "train", "test": "eval"}[split], float(start))
-                except (ValueError, KeyError):
-                    raise InputError(f"{table}:{number}: expected id, start in seconds, label, train or test; got {row!r}; "
-                                     "mend or remove the line") from None
+    tables, rows = {os.path.basename(path): path for path in walk_files(root, ".csv")}, {}
+    names = ["vggsound.csv"] if "vggsound.csv" in tables else [n for n in ("train.csv", "test.csv") if n in tables]
+    for name in names:
+        for place, row in read_rows(tables[name]):
+            try:
+                if len(row) == 2:
+                    row = [row[0][:11], os.path.splitext(row[0])[0][12:], row[1], Path(name).stem]
+                ytid, start, label, split = row
+                rows[f"{ytid}_{int(start):06d}"] = (label, {"train": "train", "test": "eval"}[split], float(start))
+            except (ValueError, KeyError):
+                raise InputError(f"{place}: expected id, start in seconds, label, train or test; got {row!r}; "
+                                 "mend or remove the line") from None
     classes = sorted({label for label, _, _ in rows.values()})
-    index_of = {label: i for i, label in enumerate(classes)}
-    listed = {key: Clip(key, (index_of[label],), part, None, None, start, start + 10)
+    listed = {key: Clip(key, (classes.index(label),), part, None, None, start, start + 10)
               for key, (label, part, start) in rows.items()}
     def owners(name: str) -> list[str]:
         keys = [f"{n[:11]}_{os.path.splitext(n[12:])[0].split('_')[0].zfill(6)}" for n in (name, name.removeprefix("v"))]
         return [key for key in keys if key in listed][:1]
     return match_files(listed, owners, root, skipped), classes
 
-def read_folder(root: str | os.PathLike[str],
-                skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
+def read_folder(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """A folder of folders: `train/<label>/*` and `val/<label>/*`, one label a clip -> clips and sorted class names."""
     skipped = [] if skipped is None else skipped
     found: list[tuple[str, str, str]] = []                                       # (split, label, path)
@@ -837,8 +834,7 @@ def demo_sound(events: Sequence[tuple[int, float]], snr: float, rng: np.random.G
         sound[at:at + n] += loudness * call / call.std()
     return torch.from_numpy((sound / np.abs(sound).max() * rng.uniform(0.3, 0.9)).astype(np.float32))
 
-def demo_picture(events: Sequence[tuple[int, float]], contrast: float, rng: np.random.Generator, frames: int,
-                 side: int) -> Tensor:
+def demo_picture(events: Sequence[tuple[int, float]], contrast: float, rng: np.random.Generator, frames: int, side: int) -> Tensor:
     """Moving shapes, (event, opacity) each, before a grainy texture: (frames, 3, side, side) uint8."""
     texture = F.interpolate(torch.from_numpy(rng.standard_normal((1, 3, 6, 6))), side, mode="bicubic")[0].numpy()
     movie = 110 + 25 * texture + 12 * rng.standard_normal((frames, 1, side, side))
@@ -891,8 +887,7 @@ class ClipStore(Dataset[Any]):
     folder   may be shared by runs and processes: a file is renamed into place and named after all that it depends on
     load     (clip, kind) -> samples or frames;   depends: per kind, what the result depends on besides clip and file
     """
-    def __init__(self, folder: Path, clips: list[Clip], load: Callable[[Clip, str], Tensor],
-                 depends: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, clips: list[Clip], load: Callable[[Clip, str], Tensor], depends: Any) -> None:
         self.clips, self.load, self.files = clips, load, {"audio": [], "video": []}
         for clip in clips:
             for kind, path in (("audio", clip.audio), ("video", clip.video)):
@@ -905,11 +900,9 @@ class ClipStore(Dataset[Any]):
         """(samples (n,) int16,) or (JPEG bytes, end of each frame in them (T,)). InputError: clip i cannot be decoded."""
         file = Path(self.files[kind][i])
         if not file.exists():
-            content: Any
             try:
-                decoded = self.load(self.clips[i], kind)
-                pcm = ((decoded.clamp(-1, 1) * 32767).round().to(torch.int16),) if kind == "audio" else None
-                content = pcm or pack_frames(decoded)
+                content: Any = self.load(self.clips[i], kind)
+                content = ((content.clamp(-1, 1) * 32767).round().short(),) if kind == "audio" else pack_frames(content)
             except Exception as error:                                  # whatever it is, the clip cannot be used
                 content = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -929,7 +922,7 @@ class ClipStore(Dataset[Any]):
     def decode(self, jobs: list[tuple[int, Sequence[str]]], workers: int,
                progress: Callable[[int, int], None]) -> list[tuple[int, int, str]]:
         """The result of every job, in order, done by `workers` processes."""
-        done: list[tuple[int, int, str]] = []
+        done = []
         for result in DataLoader(self, sampler=jobs, batch_size=None, num_workers=workers):  # type: ignore[arg-type]
             done.append(result)
             progress(len(done), len(jobs))
@@ -957,7 +950,7 @@ class ViewSpec(NamedTuple):
     strong: bool = False         # all views grey, training views also inverted and rotated at random (ours)
 
 class Views(Dataset[Any]):
-    """Item (clip, seed): its views (n, ...), their boxes (n, 4) for `Prepare`; in training also label and teacher embedding.
+    """Item (clip, seed): its views (n, ...), their boxes (n, 4) for `Prepare`; in training label and teacher embedding too.
 
     protocol  "train": one view at random; "val": 3 even windows (authors, while training); "test": consecutive windows
               (authors, at the end); sound has consecutive windows in both. Whatever worker draws it, the seed decides.
@@ -990,18 +983,18 @@ class Views(Dataset[Any]):
             starts = range(0, max(n - size // 2, 1), size)
             windows = torch.stack([stream[0][start + torch.arange(size) % min(size, n - start)] for start in starts])
             return windows, torch.zeros(len(windows), 4)
-        indices = even_windows(n, size) if self.protocol == "val" else sliding_windows(n, size, size)
-        windows = torch.stack([self.recolor(unpack_frames(*stream, window)) for window in indices])
+        choose = even_windows if self.protocol == "val" else partial(sliding_windows, stride=size)
+        windows = torch.stack([self.recolor(unpack_frames(*stream, window)) for window in choose(n, size)])
         height, width = windows.shape[-2:]
         x, y = max(width - height, 0) / 2, max(height - width, 0) / 2   # the square in the middle
         return windows, torch.tensor([[x, y, width - x, height - y]]).expand(len(windows), 4)
 
 def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    """Batch of items of `Views`: views and boxes of all, number of views of each, the rest stacked; small frames grow at their edges."""
+    """Views and boxes of all items of `Views`, number of views of each, the rest stacked; small frames grow at their edges."""
     views, boxes, *rest = zip(*items)
     if views[0].ndim == 5:
-        rows, columns = (torch.arange(max(view.shape[axis] for view in views)) for axis in (-2, -1))
-        views = [view[..., rows.clamp(max=view.shape[-2] - 1)[:, None], columns.clamp(max=view.shape[-1] - 1)] for view in views]
+        rows, columns = (torch.arange(max(v.shape[axis] for v in views)) for axis in (-2, -1))
+        views = [v[..., rows.clamp(max=v.shape[-2] - 1)[:, None], columns.clamp(max=v.shape[-1] - 1)] for v in views]
     return torch.cat([*views]), torch.cat(boxes), [len(view) for view in views], *(torch.stack(part) for part in rest)
 
 class EpochBatches(Sampler[Any]):
@@ -1032,43 +1025,36 @@ class Data(NamedTuple):
                teacher: Tensor | None = None) -> Any:
         """Shuffled batches of training views, or the windows of each clip in order."""
         views = Views(self.store, spec, protocol, self.labels, teacher)
-        options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
-                   "collate_fn": join_views}
-        if protocol == "train":
-            return DataLoader(views, batch_sampler=EpochBatches(clips, batch_size, seed), **options)
-        keys = [[(i, 0) for i in clips[b:b + batch_size]] for b in range(0, len(clips), batch_size)]
-        return DataLoader(views, batch_sampler=keys, **options)
+        batches: Any = EpochBatches(clips, batch_size, seed) if protocol == "train" else [
+            [(i, 0) for i in clips[b:b + batch_size]] for b in range(0, len(clips), batch_size)]
+        return DataLoader(views, batch_sampler=batches, collate_fn=join_views, num_workers=workers,
+                          persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 # ============================================== 8. Metrics (fractions in 0..1)
 def ranked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each class by falling score: hits 0/1 float64, 1-based ranks of the first and the last item of each tie; (N, C)."""
+    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
     order = scores.argsort(0, descending=True)
-    values, hits = scores.gather(0, order), labels.double().gather(0, order)
-    n = len(scores)
-    rank = torch.arange(1, n + 1, device=scores.device)[:, None].expand_as(values)
-    change = F.pad((values[1:] != values[:-1]), (0, 0, 1, 1), value=True)              # (N + 1, C) a new value begins
-    first = torch.where(change[:-1], rank, 0).cummax(0).values
-    last = torch.where(change[1:], rank, n).flip(0).cummin(0).values.flip(0)
-    return hits, first, last
+    rising = -scores.gather(0, order).T.contiguous()                                   # (C, N)
+    first, last = (torch.searchsorted(rising, rising, right=right).T for right in (False, True))
+    return labels.double().gather(0, order), first + 1, last
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     """Macro mAP: scores (N, C), labels (N, C) 0/1 -> mean over the classes with a positive; ties as in scikit-learn.
 
     Raises ValueError where no class has a positive.
     """
-    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
     hits, _, last = ranked(scores, labels)
     totals, found = hits.sum(0), hits.cumsum(0).gather(0, last - 1)
-    if not bool((totals > 0).any()):
-        raise ValueError(f"mAP needs a positive; none of {labels.shape[1]} classes has one in {len(labels)} clips")
+    if not totals.any():
+        raise ValueError(f"mAP needs a positive; none of {hits.shape[1]} classes has one in {len(hits)} clips")
     precision = (hits * found / last).sum(0) / totals.clamp_min(1)
     return float(precision[totals > 0].mean())
 
 def mean_auc(scores: Tensor, labels: Tensor) -> float:
     """Macro area under the ROC curve: scores, labels (N, C) -> mean over classes with both kinds of label; nan if none."""
-    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
     hits, first, last = ranked(scores, labels)
-    n, positives = len(scores), hits.sum(0)
+    n, positives = len(hits), hits.sum(0)
     negatives = n - positives
     ordered = (hits * (n - (first + last) / 2)).sum(0) - positives * (positives - 1) / 2    # positives above negatives
     return float((ordered / (positives * negatives))[(positives > 0) & (negatives > 0)].mean())
@@ -1096,11 +1082,9 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor, ga
         precisions.append(precision.sum(1) / hits.sum(1).clamp_min(1))
         cut = hits[:, :topk].sum(1)
         released.append((precision[:, :topk].sum(1) / cut)[cut > 0])
-    first_hit = torch.cat(first_hits)
-    result = {f"R@{k}": float((first_hit < k).double().mean()) for k in ks}
-    shown = torch.cat(released)
-    result["mAP"] = float(torch.cat(precisions).mean())
-    return {**result, "mAP_released": float(shown.mean()) if len(shown) else 0.0}
+    first_hit, shown = torch.cat(first_hits), torch.cat(released)
+    return {**{f"R@{k}": float((first_hit < k).double().mean()) for k in ks}, "mAP": float(torch.cat(precisions).mean()),
+            "mAP_released": float(shown.mean()) if len(shown) else 0.0}
 
 def score(task: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
     """A task's metrics from probabilities (N, C). d' = sqrt(2) * probit(mean AUC), the AUC kept 1e-9 off 0 and 1."""
@@ -1169,7 +1153,7 @@ def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | No
     device, settings, history, terms = prepare.mean.device, job.settings, [], {}
     for step, (views, boxes, _, *rest) in enumerate(loader, 1):
         views, boxes, labels, embedding = (x.to(device, non_blocking=True) for x in (views, boxes, *rest))
-        terms = train_step(networks[0], networks[1], optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"],
+        terms = train_step(*networks, optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"],
                            settings["margin"], settings["sparsity"], calibrate)
         history.append(torch.stack([*terms.values()]))
         progress(step)
@@ -1179,18 +1163,17 @@ def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | No
         step = next((i for i, row in enumerate(values) if not row.isfinite().all()), len(values) - 1)
         ids = [job.data.store.clips[i].id for i, _ in [*loader.batch_sampler][step]]
         raise InputError(f"loss or gradient is not finite in step {step + 1} of epoch {loader.batch_sampler.epoch}: "
-                         f"{dict(zip(terms, values[step].tolist()))}; clips {', '.join(ids)}; lower --lr. Checkpoints are as before")
+                         f"{dict(zip(terms, values[step].tolist()))}; clips {', '.join(ids)}; lower --lr. No checkpoint has it")
     return dict(zip(terms, values.mean(0).tolist()))
 
 def take_up(out: Path, about: dict[str, Any], own: bool) -> dict[str, Any]:
     """What last.pt holds; with `own` settings, InputError if one differs that must not. The log is cut where it was saved."""
     saved = load_checkpoint(out / "last.pt")
     pairs = {key: (saved[key], about[key]) for key in ("method", "seed", "classes", "network")}
-    pairs.update({key: (saved["settings"].get(key), value) for key, value in about["settings"].items() if key not in RUN_OPTIONS})
+    pairs |= {key: (saved["settings"].get(key), new) for key, new in about["settings"].items() if key not in RUN_OPTIONS}
     for key, (old, new) in pairs.items():
         if own and old != new:
-            raise InputError(f"--resume: {key} was {old!r} in {out / 'last.pt'} and is {new!r} now; pass the old value "
-                             "or another --out")
+            raise InputError(f"--resume: {key} was {old!r} in {out / 'last.pt'} and is {new!r} now; pass {old!r} or another --out")
     rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
     (out / "log.jsonl").write_text("".join(row for row in rows if json.loads(row)["epoch"] <= saved["epoch"]))
     return saved
@@ -1249,15 +1232,13 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
 
 def train_student(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> dict[str, Any]:
     """Trains, then evaluates the last and the best epoch by the task's final protocol -> results."""
-    begun, finals, settings = time.time(), {}, job.settings
+    begun, settings = time.time(), job.settings
     network = fit(job, method, seed, teacher, out)
-    for name in ("last", "best"):
-        saved = load_checkpoint(out / f"{name}.pt")
-        network.load_state_dict(saved["student"])
-        finals[name] = final_metrics(job, network)
-    return {"task": settings["task"], "data": settings["data"], "method": method, "seed": seed, "metrics": finals["best"],
-            "epoch": saved["epoch"], "metrics_last": finals["last"], "seconds": round(time.time() - begun, 1),
-            "clips": {"train": len(job.data.train), "eval": len(job.data.eval)}}
+    last, saved = final_metrics(job, network), load_checkpoint(out / "best.pt")
+    network.load_state_dict(saved["student"])
+    return {"task": settings["task"], "data": settings["data"], "method": method, "seed": seed,
+            "metrics": final_metrics(job, network), "epoch": saved["epoch"], "metrics_last": last,
+            "seconds": round(time.time() - begun, 1), "clips": {"train": len(job.data.train), "eval": len(job.data.eval)}}
 
 # ============================================== 10. Teacher
 class KineticsTeacher(nn.Module):
@@ -1266,31 +1247,30 @@ class KineticsTeacher(nn.Module):
         super().__init__()
         self.net = r2plus1d_18(weights=R2Plus1D_18_Weights.KINETICS400_V1, progress=progress)
         self.fc, self.net.fc = self.net.fc, nn.Identity()
-        mean, std, kinetics_mean, kinetics_std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
-                                                               [0.43216, 0.394666, 0.37645], [0.22803, 0.22145, 0.216989]])
-        self.register_buffer("scale", (std / kinetics_std).view(3, 1, 1, 1))
-        self.register_buffer("shift", ((mean - kinetics_mean) / kinetics_std).view(3, 1, 1, 1))
+        ours, theirs = Prepare(), R2Plus1D_18_Weights.KINETICS400_V1.transforms()
+        mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (theirs.mean, theirs.std))
+        self.register_buffer("scale", ours.std / std)
+        self.register_buffer("shift", (ours.mean - mean) / std)
 
     def forward(self, frames: Tensor) -> Features:
         """The logits are those of Kinetics-400."""
         pooled = self.net(frames * self.scale + self.shift)
         return Features(pooled[:, None], pooled, self.fc(pooled))
 
-def load_teacher(job: Job, choice: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a checkpoint, and what it is. InputError if it is one for the student's modality."""
-    saved = load_checkpoint(choice)
-    if saved["network"]["kind"] != job.spec.kind:
-        raise InputError(f"--teacher {choice} is a network for {saved['network']['kind']}; --task {job.settings['task']} needs one for "
+def restore(job: Job, option: str, saved: dict[str, Any]) -> nn.Module:
+    """The network of the checkpoint that `option` names. InputError if it is one for the other modality."""
+    settings, kind = job.settings, saved["network"]["kind"]
+    if kind != job.spec.kind:
+        raise InputError(f"--{option} {settings[option]} is a network for {kind}; --task {settings['task']} needs one for "
                          f"{job.spec.kind}")
-    network = make_network(**saved["network"])
+    network = make_network(**saved["network"]).to(settings["device"])
     network.load_state_dict(saved["student"])
-    return network, {"kind": f"checkpoint {choice}", "same_classes": saved["classes"] == job.data.classes}
+    return network
 
 def train_teacher(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A network trained from scratch, with augmentation, on nine tenths of the training clips, and its scores.
+    """A network trained from scratch on nine tenths of the training clips, and its scores.
 
-    The epoch that does best on the held-out tenth is kept: a network that has memorised its clips embeds their labels, not
-    the clips.
+    The epoch best on the held-out tenth is kept: a network that has memorised its clips embeds their labels, not the clips.
     """
     task, seed, train = job.settings["task"], job.settings["seed"], job.data.train
     order = [train[i] for i in torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
@@ -1303,40 +1283,33 @@ def train_teacher(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     known = final_metrics(job._replace(settings=own, data=job.data._replace(eval=seen[:len(held)])), network)
     job.console.say(f"teacher {metric} {saved['metrics'][metric]:.3f} on {len(held)} training clips that it has not seen, "
                     f"{known[metric]:.3f} on as many that it has; epoch {saved['epoch']} of {own['epochs']}")
-    return network, {"kind": "from scratch", "same_classes": True, "epoch": saved["epoch"], "held_out": saved["metrics"],
-                     "trained_on": known}
+    return network, {"kind": "from scratch", "epoch": saved["epoch"], "held_out": saved["metrics"], "trained_on": known}
 
-def find_features(folder: str | os.PathLike[str], clips: Sequence[Clip]) -> dict[str, str]:
-    """Path of `<clip id>.npy` anywhere under `folder`, by clip id; without case, and by the id's last part where that is unique."""
-    paths = sorted(path for path in walk_files(folder) if path.endswith(".npy"))
-    named = {os.path.splitext(os.path.relpath(path, folder))[0].lower(): path for path in paths}
+def find_features(folder: str | Path, clips: Sequence[Clip]) -> dict[str, str]:
+    """Path of `<clip id>.npy` anywhere under `folder` by clip id; case does not count, nor folders where the name is unique."""
+    named = {os.path.splitext(os.path.relpath(path, folder))[0].lower(): path for path in sorted(walk_files(folder, ".npy"))}
     stems = Counter(name.rpartition("/")[2] for name in named)
-    named.update({stem: path for name, path in [*named.items()] if stems[stem := name.rpartition("/")[2]] == 1})
+    named |= {stem: path for name, path in named.items() if stems[stem := name.rpartition("/")[2]] == 1}
     found = {clip.id: named.get(clip.id.lower()) or named.get(clip.id.lower().rpartition("/")[2]) for clip in clips}
     return {key: path for key, path in found.items() if path}
 
-def read_features(folder: str | os.PathLike[str], data: Data) -> Tensor:
-    """Teacher embeddings (D,) of the training clips from `find_features`: (N, D), zeros elsewhere. Raises InputError."""
+def read_features(folder: str | Path, data: Data) -> tuple[Tensor, dict[str, Any]]:
+    """Teacher embeddings of the training clips (n, D) from `find_features` and what they are. Raises InputError."""
     files, rows = find_features(folder, data.store.clips), []
-    for i in data.train:
-        path = files[data.store.clips[i].id]
+    for path in (files[data.store.clips[i].id] for i in data.train):
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)              # its shape is known before it is read
             if array.ndim != 1 or (rows and len(array) != len(rows[0])) or not np.isfinite(array).all():
-                raise ValueError(f"shape {array.shape}; expected ({len(rows[0]) if rows else 'D'},) finite numbers, one embedding a clip")
+                raise ValueError(f"shape {array.shape}; expected ({len(rows[0]) if rows else 'D'},) finite numbers a clip")
             rows.append(torch.from_numpy(array.astype(np.float32)))
         except (ValueError, TypeError, OSError, EOFError) as error:
             raise InputError(f"{path}: no embedding ({error}); pickled arrays are refused") from error
-    embeddings = torch.zeros(len(data.store.clips), len(rows[0]))
-    embeddings[data.train] = torch.stack(rows)
-    return embeddings
+    return torch.stack(rows), {"kind": f"embeddings {folder}"}
 
 def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Teacher embeddings of the training clips (N, D), zeros elsewhere, and what the teacher is; kept in `cache`."""
+    """Teacher embeddings of the training clips (n, D) and what the teacher is; kept in `cache`."""
     settings, data, spec, console = job
     choice, network = settings["teacher"], None
-    if "teacher_features" in settings:
-        return read_features(settings["teacher_features"], data), {"kind": f"embeddings {settings['teacher_features']}"}
     if choice == "auto" and settings["data"] != "demo":
         reason = "torchaudio has no pretrained tagging network"
         if spec.kind == "video":
@@ -1348,15 +1321,20 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
             console.warn(f"{reason}; the teacher is trained from scratch and weaker for it; --teacher FILE takes a better one")
     own = choice not in ("auto", "scratch")
     source = hashlib.sha256(Path(choice).read_bytes()).hexdigest() if own else info if network else choice
-    needs = [settings[k] for k in ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")]
+    needs = [settings[name] for name in
+             ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")]
     files = [[data.store.files[spec.kind][i] for i in part] for part in (data.train, data.eval)]
-    folder = cache / f"teacher-{digest(source, spec, needs, files, [data.store.clips[i].labels for i in data.train], data.classes)}"
+    labels = [data.store.clips[i].labels for i in data.train]
+    folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes)}"
     if not (folder / "embeddings.pt").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        if network is None:
-            network, info = load_teacher(job, choice) if own else train_teacher(job, folder)
+        if own:
+            saved = load_checkpoint(choice)
+            network, info = restore(job, "teacher", saved), {"kind": f"checkpoint {choice}"}
+        elif network is None:
+            network, info = train_teacher(job, folder)
         network = network.to(settings["device"])
-        if info.pop("same_classes", False):                             # then it has a score on the evaluation clips
+        if "held_out" in info or own and saved["classes"] == data.classes:     # it has a score on the evaluation clips
             jobs = [(i, (spec.kind,)) for i in data.eval]
             shared = [i for i, n, _ in data.store.decode(jobs, settings["workers"], console.progress("decoding")) if n]
             scores = predict(job, network, shared)[0] if shared else None
@@ -1364,9 +1342,7 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
         pooled = predict(job, network, data.train, label="teacher embeddings")[1]
         save(folder / "embeddings.pt", {"pooled": pooled, "info": info})
     saved = torch.load(folder / "embeddings.pt", weights_only=True)
-    embeddings = torch.zeros(len(data.store.clips), saved["pooled"].shape[1])
-    embeddings[data.train] = saved["pooled"]
-    return embeddings, saved["info"]
+    return saved["pooled"], saved["info"]
 
 # ============================================== 11. Run support
 class Console:
@@ -1452,11 +1428,9 @@ def digest(*parts: Any) -> str:
 def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """An argparse type: a number from low to high."""
     def parse(text: str) -> Any:
-        try:
+        with suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
-        except ValueError:
-            pass
         what = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text} is not {what} from {low:g} to {high:g}")
     return parse
@@ -1549,17 +1523,14 @@ def find_layout(root: str) -> str:
         return "demo"
     if not os.path.isdir(root):
         raise InputError(f"--data {root} is not a folder; give one, or 'demo'")
-    inside, files = {name.lower() for name in os.listdir(root)}, {os.path.basename(path) for path in walk_files(root)}
-    if "ucftraintestlist" in inside:
-        return "ucf101"
-    if "class_labels_indices.csv" in files:
-        return "audioset"
-    if annotation := annotation_file(root):                             # the authors' UCF51 list has no segments
-        return "activitynet" if '"segment"' in Path(annotation).read_text(encoding="utf-8", errors="replace") else "annotation"
-    if "vggsound.csv" in files:
-        return "vggsound"
-    if {"train", "val"} & inside:
-        return "folder"
+    inside, files = {name.lower() for name in os.listdir(root)}, {*map(os.path.basename, walk_files(root))}
+    annotation = annotation_file(root)                                  # the authors' UCF51 list has no segments
+    segments = annotation and '"segment"' in Path(annotation).read_text(encoding="utf-8", errors="replace")
+    signs = {"ucf101": "ucftraintestlist" in inside, "audioset": "class_labels_indices.csv" in files, "activitynet": segments,
+             "annotation": annotation, "vggsound": "vggsound.csv" in files, "folder": {"train", "val"} & inside}
+    for layout, sign in signs.items():
+        if sign:
+            return layout
     raise InputError(f"--data {root} has no known layout; looked for AudioSet (class_labels_indices.csv, *_segments.csv), "
                      "UCF-101 (UCF-101/, ucfTrainTestlist/), ActivityNet (activity_net*.json), the authors' release "
                      "(annotation.json), VGGSound (vggsound.csv) and a folder of folders (train/<label>/*, val/<label>/*)")
@@ -1643,18 +1614,12 @@ def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> No
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         console.say(f"{method:10}" + "".join(f"{cell:>16}" for cell in cells))
 
-def exclude(given: dict[str, Any], first: str, *others: str) -> None:
-    """InputError if an option was given together with one that it excludes."""
-    for other in others:
-        if first in given and other in given:
-            names = [f"--{name.replace('_', '-')}" + (f" {given[name]}" if given[name] is not True else "") for name in (first, other)]
-            raise InputError(f"{names[0]} and {names[1]} exclude each other; give one")
-
 def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
     """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint of --eval."""
-    exclude(given, "method", "compare")
-    exclude(given, "teacher", "teacher_features")
-    exclude(given, "eval", "compare", "method", "resume", "teacher", "teacher_features")
+    training = ("compare", "method", "resume", "teacher", "teacher_features")
+    for first, other in [("method", "compare"), ("teacher", "teacher_features"), *(("eval", name) for name in training)]:
+        if first in given and other in given:
+            raise InputError(f"--{first} and --{other} exclude each other; give one".replace("_", "-"))
     if saved and saved["task"] is None:                                  # the authors' or PANNs'
         tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
         saved["task"] = given["task"] if given.get("task") in tasks else tasks[0]
@@ -1682,14 +1647,11 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
 def evaluate(job: Job, saved: dict[str, Any]) -> dict[str, Any]:
     """The results of --eval. InputError if the checkpoint is of the teacher's modality or of other classes."""
     settings, data, checkpoint = job.settings, job.data, job.settings["eval"]
-    if saved["network"]["kind"] != job.spec.kind:
-        raise InputError(f"--eval {checkpoint} is a teacher, a network for {saved['network']['kind']}; give a student's")
+    network = restore(job, "eval", saved)
     known = saved["classes"] or data.classes                            # others' checkpoints do not name theirs
     if data.classes != known or len(known) != saved["network"]["num_classes"]:
         raise InputError(f"--eval {checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, ...), "
-                         f"{settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); they must be the same")
-    network = make_network(**saved["network"]).to(settings["device"])
-    network.load_state_dict(saved["student"])
+                         f"{settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...)")
     return {"task": settings["task"], "data": settings["data"], "method": saved["method"], "seed": saved["seed"],
             "metrics": final_metrics(job, network), "teacher": None, "clips": {"eval": len(data.eval)}, "checkpoint": checkpoint}
 
@@ -1716,7 +1678,11 @@ def run(given: dict[str, Any]) -> None:
     console.say("recipe  " + ", ".join(f"{name} {settings[name]}" for name in shown))
     teacher, info = None, {"kind": "none"}
     if methods != ["student"]:
-        teacher, info = embed_clips(job._replace(spec=spec._replace(kind="audio" if kind == "video" else "video")), cache)
+        other = job._replace(spec=spec._replace(kind="audio" if kind == "video" else "video"))
+        given_features = settings.get("teacher_features")
+        pooled, info = read_features(given_features, data) if given_features else embed_clips(other, cache)
+        teacher = torch.zeros(len(data.store.clips), pooled.shape[1])           # only training clips have an embedding
+        teacher[data.train] = pooled
     rows = {"teacher": [info["metrics"]]} if info.get("metrics") else {}
     for seed in range(first, first + settings["seeds"]):
         for method in methods:
