@@ -199,7 +199,7 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.log_softmax(1) if labels.ndim == 1 else torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
 
 def kd_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 4.0) -> Tensor:
-    """Soft targets (Hinton et al. 2015, arXiv 1503.02531): KL of softened predictions (B, C) times temperature squared."""
+    """Soft targets (Hinton et al. 2015, arXiv 1503.02531): KL of softened predictions (B, C), times temperature ** 2."""
     student, teacher = (log_probabilities(x / temperature, labels) for x in (logits, teacher_logits))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature ** 2
 
@@ -268,7 +268,7 @@ class Distiller(nn.Module):
         return crd_loss(projected, teacher, labels) if self.method == "crd" else fitnet_loss(projected, teacher)
 
 def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int, decay: float = 1e-3) -> nn.Linear:
-    """Frozen logistic regression from embeddings (N, D) to logits (N, C) by L-BFGS; `decay` is relative to their variance."""
+    """Frozen logistic regression, embeddings (N, D) to logits (N, C), by L-BFGS; `decay` is relative to the variance."""
     probe = nn.Linear(embeddings.shape[1], num_classes)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
     def closure() -> Tensor:
@@ -288,7 +288,7 @@ class Features(NamedTuple):
     logits: Tensor  # (B, C)
 
 class FactorisedConv3d(nn.Module):
-    """(B, c_in, T, H, W) -> (B, c_out, T', H', W'): spatial conv, BN, ReLU, temporal conv; as many weights as one 3-d conv."""
+    """(B, c_in, T, H, W) -> (B, c_out, T', H', W'): spatial conv, BN, ReLU, temporal conv; about a 3-d one's weights."""
     def __init__(self, c_in: int, c_out: int, kernel: Sequence[int], stride: Sequence[int] = (1, 1, 1)) -> None:
         super().__init__()
         (kt, kh, kw), (st, sh, sw) = kernel, stride
@@ -301,7 +301,7 @@ class FactorisedConv3d(nn.Module):
         return self.temporal_conv(F.relu(self.bn(self.spatial_conv(x))))
 
 class VideoBlock(nn.Module):
-    """Residual block of two factorised 3x3x3 convolutions; `downsample` halves all axes, its shortcut is factorised too."""
+    """Residual block of two factorised 3x3x3 convolutions; `downsample` halves all axes, its shortcut is factorised."""
     def __init__(self, c_in: int, c_out: int, downsample: bool = False) -> None:
         super().__init__()
         stride = (2, 2, 2) if downsample else (1, 1, 1)
@@ -401,18 +401,19 @@ class AudioNet(nn.Module):
         return Features(x.flatten(2).transpose(1, 2), pooled, self.fc_audioset(pooled))
 
 def make_network(kind: str, num_classes: int, width: int, **more: Any) -> nn.Module:
-    """The student or a teacher from scratch of one modality; D = 8 * width for both. `more`: the class's own arguments."""
+    """The student or a teacher from scratch of one modality; D = 8 * width. `more`: the class's own arguments."""
     if kind == "video":        # channels-last: 1.1 to 1.5 times faster steps, same numbers
         return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)  # type: ignore
-    return AudioNet(num_classes, width, **{"dim": 8 * width, **more}).to(memory_format=torch.channels_last)  # type: ignore
+    more = {"dim": 8 * width, **more}
+    return AudioNet(num_classes, width, **more).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 class Prepare(nn.Module):
     """Raw views -> network input in float32, on the views' device.
 
-    (B, T, 3, H, W) uint8 frames -> (B, 3, T, size, size) with ImageNet's mean and std (authors); `boxes` (B, 4) in pixels,
+    (B, T, 3, H, W) uint8 frames -> (B, 3, T, size, size) with ImageNet's mean and std (authors); `boxes` (B, 4), pixels
     x1, y1, x2, y2, are cropped and scaled, x1 > x2 mirrors. Without boxes the frames are taken as they are.
-    (B, samples) int16 -> (B, T, 64) decibels. In train mode, if `spec_augment`, 2 time and 2 mel stripes of at most PANNs'
-    widths (64 of 1001 frames, 8 of 64 bins) are masked with the batch mean.
+    (B, samples) int16 -> (B, T, 64) decibels. In train mode, if `spec_augment`, 2 time and 2 mel stripes of at most
+    PANNs' widths (64 of 1001 frames, 8 of 64 bins) are masked with the batch mean.
     """
     def __init__(self, size: int = 112, spec_augment: bool = False) -> None:
         super().__init__()
@@ -463,7 +464,7 @@ def open_media(path: str | Path, kind: str) -> Iterator[Any]:
         raise InputError(f"{name}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
 
 def timed_frames(stream: Any, start: float, end: float | None) -> Iterator[tuple[float, Any]]:
-    """(seconds since the file's start, frame) from just before `start` to the first at `end`; damaged packets are dropped."""
+    """(seconds since the file's start, frame) from just before `start` to the first at `end`, less damaged packets."""
     container = stream.container
     origin = (container.start_time or 0) / av.time_base
     if start > 0:
@@ -481,14 +482,15 @@ def timed_frames(stream: Any, start: float, end: float | None) -> Iterator[tuple
                 return
 
 def check_length(stream: Any, start: float, end: float | None, got: float) -> None:
-    """Raises InputError where the header promises over 10 % (at least 0.3 s) more than the seconds got: a cut-off file."""
+    """InputError where the header promises over 10 % (at least 0.3 s) more than the seconds got: a cut-off file."""
     if got <= 0:
         raise InputError(f"no {stream.type} between {start:g} and {'the end' if end is None else f'{end:g}'} s")
     container, clock = stream.container, stream.metadata.get("DURATION", "0:0:0").split(":")    # where Matroska keeps it
     total = float(stream.duration * stream.time_base) if stream.duration else np.dot([*map(float, clock)], [3600, 60, 1])
     if not total and len(container.streams) == 1:
         total = (container.duration or 0) / av.time_base
-    promised = 0.0 if container.format.name in ("mp3", "aac") else min(total, end or total) - start    # those only guess it
+    guessed = container.format.name in ("mp3", "aac")
+    promised = 0.0 if guessed else min(total, end or total) - start
     if got < promised - max(0.3, 0.1 * promised):
         raise InputError(f"truncated, {got:.1f} of {promised:.1f} s of {stream.type} decoded")
 
@@ -582,7 +584,7 @@ def is_sound_only(path: str) -> bool:
     return path.lower().endswith((".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".wav.gz"))
 
 def walk_files(root: str | Path, *endings: str) -> Iterator[str]:
-    """Paths of the files under `root` with such endings, upper folders first; linked folders once each, hidden ones not."""
+    """Paths of the files under `root` with such endings, upper folders first; linked folders once, hidden ones not."""
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         if (here := os.stat(folder)[1:3]) in seen:                                         # inode and device
@@ -601,7 +603,7 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
                 skipped: list[tuple[str, str]] | None) -> list[Clip]:
     """The listed clips with their files under `root`; sound and picture may be two. Those without go to `skipped`.
 
-    owners  keys of `listed` that a file name stands for.  Raises InputError, with three ids and names, where none has one.
+    owners  keys of `listed` that a file name stands for.  Raises InputError, with three of each, where none has a file.
     """
     files: dict[bool, dict[str, str]] = {True: {}, False: {}}                              # sound only? -> key -> path
     media = walk_media(root)
@@ -613,8 +615,8 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
     found = picture | sound
     if not found:
         first, seen = (", ".join(map(os.path.basename, names[:3])) or "none" for names in ([*listed], media))
-        raise InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: {first}; files seen: "
-                         f"{seen}; names must agree")
+        raise InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: {first}; "
+                         f"files seen: {seen}; names must agree")
     if skipped is not None:
         skipped += [(listed[key].id, "missing: listed, but no file has its name") for key in listed if key not in found]
     return [clip._replace(audio=sound.get(key), video=picture.get(key)) for key, clip in listed.items() if key in found]
@@ -681,12 +683,12 @@ def read_ucf101(root: str | Path, fold: int = 1,
     fold  1, 2 or 3.  skipped  if given, gets (path, reason) of every listed clip left out.
     Names are compared without case: UCF-101 itself writes HandstandPushups/v_HandStandPushups_*. Raises InputError.
     """
-    with_sound = set("""applyeyemakeup applylipstick archery babycrawling balancebeam bandmarching basketballdunk blowdryhair
+    with_sound = """applyeyemakeup applylipstick archery babycrawling balancebeam bandmarching basketballdunk blowdryhair
         blowingcandles bodyweightsquats bowling boxingpunchingbag boxingspeedbag brushingteeth cliffdiving cricketbowling
-        cricketshot cuttinginkitchen fieldhockeypenalty floorgymnastics frisbeecatch frontcrawl haircut hammerthrow hammering
-        handstandpushups handstandwalking headmassage icedancing knitting longjump moppingfloor parallelbars playingcello
-        playingdaf playingdhol playingflute playingsitar rafting shavingbeard shotput skydiving soccerpenalty stillrings
-        sumowrestling surfing tabletennisshot typing unevenbars wallpushups writingonboard""".split())
+        cricketshot cuttinginkitchen fieldhockeypenalty floorgymnastics frisbeecatch frontcrawl haircut hammerthrow
+        hammering handstandpushups handstandwalking headmassage icedancing knitting longjump moppingfloor parallelbars
+        playingcello playingdaf playingdhol playingflute playingsitar rafting shavingbeard shotput skydiving soccerpenalty
+        stillrings sumowrestling surfing tabletennisshot typing unevenbars wallpushups writingonboard""".split()
     skipped = [] if skipped is None else skipped
     folders = {p.name.lower(): p for p in Path(root).iterdir() if p.is_dir()}
     lists = folders.get("ucftraintestlist", Path(root) / "ucfTrainTestlist")
@@ -715,7 +717,7 @@ def annotation_file(root: str | Path) -> str | None:
     return next((path for path in walk_files(root, ".json") if os.path.basename(path).startswith(names)), None)
 
 def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
-    """ActivityNet's `activity_net*.json` with `v_<id>.*` videos, or the authors' `annotation.json` with `<id>.hdf5` frames.
+    """ActivityNet's `activity_net*.json` with `v_<id>.*` videos, or the authors' `annotation.json` with `<id>.hdf5`.
 
     Each annotated segment is a clip (authors); its file is `<clip id>.*`, cut already, or the whole video `v_<id>.*`.
     Class order is that of the file's `labels`, else alphabetical. Raises InputError.
@@ -736,16 +738,16 @@ def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = N
                 listed[name.lower()] = Clip(name, (index_of[note["label"]],), part, None, None, start, end)
                 segments.setdefault(name.lower().rpartition("_")[0], []).append(name.lower())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: expected `database` of id: subset, label, segment or annotations ({error!r})") from None
+        raise InputError(f"{path}: expected `database` of id: subset, label, segment, annotations ({error!r})") from error
     def owners(name: str) -> list[str]:
         stem = os.path.splitext(name)[0].lower()
         return [stem] if stem in listed else segments.get(stem, segments.get(f"v_{stem}", []))
     return match_files(listed, owners, root, skipped), classes
 
 def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
-    """VGGSound: `vggsound.csv` (id, start, label, split) or `train.csv` and `test.csv` (file, label), `<id>_<start:06d>.*`.
+    """VGGSound: `vggsound.csv` (id, start, label, split) or `train.csv` and `test.csv` (file, label); clips of 10 s.
 
-    A clip lasts 10 s. Other downloaders' `v<id>_<start>_...` is found too. Raises InputError naming file and line.
+    Files are `<id>_<start:06d>.*` or other downloaders' `v<id>_<start>_...`. Raises InputError naming file and line.
     """
     tables, rows = {os.path.basename(path): path for path in walk_files(root, ".csv")}, {}
     names = ["vggsound.csv"] if "vggsound.csv" in tables else [n for n in ("train.csv", "test.csv") if n in tables]
@@ -790,7 +792,7 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
 
     The file may be the whole video or already cut: cut where its duration is nearer to the segment's than to its end.
     """
-    path, start, end = clip.audio if kind == "audio" else clip.video, clip.start, clip.end
+    path, start, end = getattr(clip, kind), clip.start, clip.end
     if path is None:
         raise InputError(f"{clip.id}: no file with a {kind} stream")
     if path.endswith(".hdf5"):
@@ -804,7 +806,7 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
 
 # ============================================== 6. Demo data (made from the seed; no files)
 def demo_clips(tags: bool, train: int = 480, evaluation: int = 240) -> tuple[list[Clip], list[str]]:
-    """One-second clips of ten events, five kinds (shape, pitch) in two ways (motion, glide); with `tags` 40 % hold two."""
+    """One-second clips of ten events, five kinds (shape, pitch) in two ways (motion, glide); `tags`: 40 % hold two."""
     kinds, ways = ("disc", "ring", "square", "cross", "bar"), ("sideways and falling", "upright and rising")
     rng, clips = np.random.default_rng(0), []
     for i in range(train + evaluation):
@@ -834,7 +836,8 @@ def demo_sound(events: Sequence[tuple[int, float]], snr: float, rng: np.random.G
         sound[at:at + n] += loudness * call / call.std()
     return torch.from_numpy((sound / np.abs(sound).max() * rng.uniform(0.3, 0.9)).astype(np.float32))
 
-def demo_picture(events: Sequence[tuple[int, float]], contrast: float, rng: np.random.Generator, frames: int, side: int) -> Tensor:
+def demo_picture(events: Sequence[tuple[int, float]], contrast: float, rng: np.random.Generator, frames: int,
+                 side: int) -> Tensor:
     """Moving shapes, (event, opacity) each, before a grainy texture: (frames, 3, side, side) uint8."""
     texture = F.interpolate(torch.from_numpy(rng.standard_normal((1, 3, 6, 6))), side, mode="bicubic")[0].numpy()
     movie = 110 + 25 * texture + 12 * rng.standard_normal((frames, 1, side, side))
@@ -950,7 +953,7 @@ class ViewSpec(NamedTuple):
     strong: bool = False         # all views grey, training views also inverted and rotated at random (ours)
 
 class Views(Dataset[Any]):
-    """Item (clip, seed): its views (n, ...), their boxes (n, 4) for `Prepare`; in training label and teacher embedding too.
+    """Item (clip, seed): its views (n, ...), boxes (n, 4) for `Prepare`; in training also label and teacher embedding.
 
     protocol  "train": one view at random; "val": 3 even windows (authors, while training); "test": consecutive windows
               (authors, at the end); sound has consecutive windows in both. Whatever worker draws it, the seed decides.
@@ -990,7 +993,7 @@ class Views(Dataset[Any]):
         return windows, torch.tensor([[x, y, width - x, height - y]]).expand(len(windows), 4)
 
 def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    """Views and boxes of all items of `Views`, number of views of each, the rest stacked; small frames grow at their edges."""
+    """Views and boxes of all items of `Views`, number of views of each, the rest stacked; small frames' edges grow."""
     views, boxes, *rest = zip(*items)
     if views[0].ndim == 5:
         rows, columns = (torch.arange(max(v.shape[axis] for v in views)) for axis in (-2, -1))
@@ -1040,10 +1043,7 @@ def ranked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return labels.double().gather(0, order), first + 1, last
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Macro mAP: scores (N, C), labels (N, C) 0/1 -> mean over the classes with a positive; ties as in scikit-learn.
-
-    Raises ValueError where no class has a positive.
-    """
+    """Macro mAP: scores, labels 0/1 (N, C) -> mean over classes with a positive, ValueError if none; ties as sklearn."""
     hits, _, last = ranked(scores, labels)
     totals, found = hits.sum(0), hits.cumsum(0).gather(0, last - 1)
     if not totals.any():
@@ -1052,7 +1052,7 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     return float(precision[totals > 0].mean())
 
 def mean_auc(scores: Tensor, labels: Tensor) -> float:
-    """Macro area under the ROC curve: scores, labels (N, C) -> mean over classes with both kinds of label; nan if none."""
+    """Macro area under the ROC curve: scores, labels (N, C) -> mean over classes with both labels; nan if none."""
     hits, first, last = ranked(scores, labels)
     n, positives = len(hits), hits.sum(0)
     negatives = n - positives
@@ -1106,22 +1106,20 @@ class Job(NamedTuple):
     spec: ViewSpec               # views of the student's modality or, while a teacher is made, of the teacher's
     console: Console
 
-    def loader(self, clips: Sequence[int], protocol: str, **more: Any) -> Any:
-        """`Data.loader` with the run's batch size and workers."""
-        return self.data.loader(clips, self.spec, protocol, self.settings["batch_size"], self.settings["workers"], **more)
-
 @torch.no_grad()
 def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = "test",
             label: str = "evaluation") -> tuple[Tensor, Tensor]:
     """Window-averaged probabilities (N, C) and embeddings (N, D) of clips, on the CPU; the network's mode is restored."""
-    device, training, progress = next(network.parameters()).device, network.training, job.console.progress(label)
-    prepare, loader, scores, pooled = Prepare(job.spec.size).to(device), job.loader(clips, protocol), [], []
+    settings, data, spec, console = job
+    device, training, progress = next(network.parameters()).device, network.training, console.progress(label)
+    loader = data.loader(clips, spec, protocol, settings["batch_size"], settings["workers"])
+    prepare, scores, pooled = Prepare(spec.size).to(device), [], []
     network.eval()
     for step, (windows, boxes, counts) in enumerate(loader, 1):
         parts = [network(prepare(views.to(device), box.to(device)))                                 # long clips have many
                  for views, box in zip(windows.split(64), boxes.split(64))]
         logits = torch.cat([part.logits for part in parts]).float()
-        probabilities = logits.sigmoid() if job.data.labels.ndim == 2 else logits.softmax(1)
+        probabilities = logits.sigmoid() if data.labels.ndim == 2 else logits.softmax(1)
         scores += [p.mean(0).cpu() for p in probabilities.split(counts)]
         pooled += [p.mean(0).cpu() for p in torch.cat([part.pooled for part in parts]).float().split(counts)]
         progress(step, len(loader))
@@ -1163,17 +1161,17 @@ def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | No
         step = next((i for i, row in enumerate(values) if not row.isfinite().all()), len(values) - 1)
         ids = [job.data.store.clips[i].id for i, _ in [*loader.batch_sampler][step]]
         raise InputError(f"loss or gradient is not finite in step {step + 1} of epoch {loader.batch_sampler.epoch}: "
-                         f"{dict(zip(terms, values[step].tolist()))}; clips {', '.join(ids)}; lower --lr. No checkpoint has it")
+                         f"{dict(zip(terms, values[step].tolist()))}; clips {', '.join(ids)}; lower --lr")
     return dict(zip(terms, values.mean(0).tolist()))
 
 def take_up(out: Path, about: dict[str, Any], own: bool) -> dict[str, Any]:
-    """What last.pt holds; with `own` settings, InputError if one differs that must not. The log is cut where it was saved."""
+    """What last.pt holds; with `own` settings, InputError if one differs that must not. The log is cut to its epoch."""
     saved = load_checkpoint(out / "last.pt")
     pairs = {key: (saved[key], about[key]) for key in ("method", "seed", "classes", "network")}
     pairs |= {key: (saved["settings"].get(key), new) for key, new in about["settings"].items() if key not in RUN_OPTIONS}
     for key, (old, new) in pairs.items():
         if own and old != new:
-            raise InputError(f"--resume: {key} was {old!r} in {out / 'last.pt'} and is {new!r} now; pass {old!r} or another --out")
+            raise InputError(f"--resume: {key} was {old!r} in {out}/last.pt and is {new!r} now; keep it or change --out")
     rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
     (out / "log.jsonl").write_text("".join(row for row in rows if json.loads(row)["epoch"] <= saved["epoch"]))
     return saved
@@ -1184,16 +1182,18 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
     An epoch's order, views and SpecAugment depend on seed and epoch alone, so a run can be taken up after any of them.
     """
     settings, data, spec, console = job
-    task, epochs, device, begun, first, best = settings["task"], settings["epochs"], settings["device"], time.time(), 1, -1.0
+    task, epochs, device = settings["task"], settings["epochs"], settings["device"]
+    begun, first, best = time.time(), 1, -1.0
     torch.manual_seed(seed)
     sizes = {"kind": spec.kind, "num_classes": len(data.classes), "width": settings["width"]}
     network, helper = make_network(**sizes).to(device), make_distiller(job, method, teacher)
     helper = helper.to(device) if helper is not None else None
     filter_lr = 0.2 if isinstance(helper, ModalityNoiseFilter) else 1.0
     optimizer = make_optimizer(network, helper, settings["lr"], settings["weight_decay"], filter_lr)
-    rates, prepare = [group["lr"] for group in optimizer.param_groups], Prepare(spec.size, settings["spec_augment"]).to(device)
-    about = {"task": task, "method": method, "seed": seed, "classes": data.classes, "network": sizes, "settings": settings,
-             "versions": {"xmkd": __version__, "torch": str(torch.__version__), "av": av.__version__}}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    prepare = Prepare(spec.size, settings["spec_augment"]).to(device)
+    about = {"task": task, "method": method, "seed": seed, "classes": data.classes, "network": sizes,
+             "settings": settings, "versions": dict(xmkd=__version__, torch=str(torch.__version__), av=av.__version__)}
     name = method if spec.kind == STUDENT_KIND[task] else "teacher"                         # a teacher's folder is keyed
     out.mkdir(parents=True, exist_ok=True)
     if settings["resume"] and (out / "last.pt").exists():
@@ -1206,7 +1206,7 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
     else:
         (out / "log.jsonl").write_text("")
     save(out / "config.json", about)
-    loader = job.loader(data.train, "train", seed=seed, teacher=teacher)
+    loader = data.loader(data.train, spec, "train", settings["batch_size"], settings["workers"], seed, teacher)
     show, steps = console.progress(f"{name} ({spec.kind}), seed {seed}"), len(loader)
     for epoch in range(first, epochs + 1):
         for group, rate in zip(optimizer.param_groups, rates):
@@ -1261,8 +1261,8 @@ def restore(job: Job, option: str, saved: dict[str, Any]) -> nn.Module:
     """The network of the checkpoint that `option` names. InputError if it is one for the other modality."""
     settings, kind = job.settings, saved["network"]["kind"]
     if kind != job.spec.kind:
-        raise InputError(f"--{option} {settings[option]} is a network for {kind}; --task {settings['task']} needs one for "
-                         f"{job.spec.kind}")
+        raise InputError(f"--{option} {settings[option]} is a network for {kind}; --task {settings['task']} needs one "
+                         f"for {job.spec.kind}")
     network = make_network(**saved["network"]).to(settings["device"])
     network.load_state_dict(saved["student"])
     return network
@@ -1270,24 +1270,26 @@ def restore(job: Job, option: str, saved: dict[str, Any]) -> nn.Module:
 def train_teacher(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """A network trained from scratch on nine tenths of the training clips, and its scores.
 
-    The epoch best on the held-out tenth is kept: a network that has memorised its clips embeds their labels, not the clips.
+    The epoch best on the held-out tenth is kept: a network that has memorised its clips embeds their labels, not them.
     """
     task, seed, train = job.settings["task"], job.settings["seed"], job.data.train
     order = [train[i] for i in torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
     held, seen = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
     own = {**job.settings, "task": "audio_tagging" if task == "audio_tagging" else "action_recognition", "resume": True,
            "epochs": job.settings["teacher_epochs"], "eval_every": 1}
-    network = fit(job._replace(settings=own, data=job.data._replace(train=seen, eval=held)), "student", seed, None, folder)
+    job = job._replace(settings=own, data=job.data._replace(train=seen, eval=held))
+    network = fit(job, "student", seed, None, folder)
     saved, metric = load_checkpoint(folder / "best.pt"), CHECK_METRIC[task]
     network.load_state_dict(saved["student"])
-    known = final_metrics(job._replace(settings=own, data=job.data._replace(eval=seen[:len(held)])), network)
-    job.console.say(f"teacher {metric} {saved['metrics'][metric]:.3f} on {len(held)} training clips that it has not seen, "
-                    f"{known[metric]:.3f} on as many that it has; epoch {saved['epoch']} of {own['epochs']}")
+    known = final_metrics(job._replace(data=job.data._replace(eval=seen[:len(held)])), network)
+    job.console.say(f"teacher {metric} {saved['metrics'][metric]:.3f} on {len(held)} training clips that it has not "
+                    f"seen, {known[metric]:.3f} on as many that it has; epoch {saved['epoch']} of {own['epochs']}")
     return network, {"kind": "from scratch", "epoch": saved["epoch"], "held_out": saved["metrics"], "trained_on": known}
 
 def find_features(folder: str | Path, clips: Sequence[Clip]) -> dict[str, str]:
-    """Path of `<clip id>.npy` anywhere under `folder` by clip id; case does not count, nor folders where the name is unique."""
-    named = {os.path.splitext(os.path.relpath(path, folder))[0].lower(): path for path in sorted(walk_files(folder, ".npy"))}
+    """Path of `<clip id>.npy` under `folder` by clip id; case does not count, nor folders where the name is unique."""
+    paths = sorted(walk_files(folder, ".npy"))
+    named = {os.path.splitext(os.path.relpath(path, folder))[0].lower(): path for path in paths}
     stems = Counter(name.rpartition("/")[2] for name in named)
     named |= {stem: path for name, path in named.items() if stems[stem := name.rpartition("/")[2]] == 1}
     found = {clip.id: named.get(clip.id.lower()) or named.get(clip.id.lower().rpartition("/")[2]) for clip in clips}
@@ -1300,7 +1302,7 @@ def read_features(folder: str | Path, data: Data) -> tuple[Tensor, dict[str, Any
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)              # its shape is known before it is read
             if array.ndim != 1 or (rows and len(array) != len(rows[0])) or not np.isfinite(array).all():
-                raise ValueError(f"shape {array.shape}; expected ({len(rows[0]) if rows else 'D'},) finite numbers a clip")
+                raise ValueError(f"{array.shape}; expected ({len(rows[0]) if rows else 'D'},) finite numbers a clip")
             rows.append(torch.from_numpy(array.astype(np.float32)))
         except (ValueError, TypeError, OSError, EOFError) as error:
             raise InputError(f"{path}: no embedding ({error}); pickled arrays are refused") from error
@@ -1318,7 +1320,7 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
             except (OSError, RuntimeError) as error:                    # no network, or half a download
                 reason = f"torchvision's r2plus1d_18 cannot be had ({error})"
         if network is None:
-            console.warn(f"{reason}; the teacher is trained from scratch and weaker for it; --teacher FILE takes a better one")
+            console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
     own = choice not in ("auto", "scratch")
     source = hashlib.sha256(Path(choice).read_bytes()).hexdigest() if own else info if network else choice
     needs = [settings[name] for name in
@@ -1346,7 +1348,7 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
 
 # ============================================== 11. Run support
 class Console:
-    """Lines for people. Progress rewrites one line on a terminal and is a line every 20 s elsewhere; `quiet` mutes both."""
+    """Lines for people. Progress rewrites one line on a terminal, is a line every 20 s elsewhere; `quiet` mutes both."""
     def __init__(self, quiet: bool = False) -> None:
         self.quiet, self.terminal, self.warnings = quiet, sys.stdout.isatty(), []
         self.clear = "\r\x1b[K" if self.terminal else ""
@@ -1369,8 +1371,8 @@ class Console:
             now = time.time()
             if not self.quiet and now - shown > (0.2 if self.terminal else 20):
                 shown, left = now, round((now - begun) / done * (total - done))
-                print(f"{self.clear}  {label}: {done:,} of {total:,} ({done / total:.0%}), {left // 60} min {left % 60:02} s "
-                      "left", end="" if self.terminal else "\n", flush=True)
+                print(f"{self.clear}  {label}: {done:,} of {total:,} ({done / total:.0%}), {left // 60} min "
+                      f"{left % 60:02} s left", end="" if self.terminal else "\n", flush=True)
         return show
 
 def save(path: Path, content: Any) -> None:
@@ -1384,22 +1386,24 @@ def save(path: Path, content: Any) -> None:
 
 def network_of(state: dict[str, Tensor]) -> dict[str, Any]:
     """The arguments of `make_network` that a state dict fits. KeyError if it is of another family."""
-    if "conv_block1.conv1.weight" in state:
-        return {"kind": "audio", "num_classes": len(state["fc_audioset.weight"]), "width": len(state["conv_block1.conv1.weight"]),
-                "stages": sum(f"conv_block{i}.conv1.weight" in state for i in range(1, 7)), "dim": len(state["fc1.weight"])}
+    stages = [state[key] for i in range(1, 7) if (key := f"conv_block{i}.conv1.weight") in state]
+    if stages:
+        return {"kind": "audio", "num_classes": len(state["fc_audioset.weight"]), "width": len(stages[0]),
+                "stages": len(stages), "dim": len(state["fc1.weight"])}
     blocks = [len({key.split(".")[2] for key in state if key.startswith(f"conv{i}.blocks.")}) + 1 for i in range(2, 6)]
     return {"kind": "video", "num_classes": len(state["cls.weight"]), "width": len(state["conv1.temporal_conv.weight"]),
             "blocks": blocks}
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint of this program, of the authors or of PANNs, on the CPU; no code in the file is run. Raises InputError.
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this program, the authors or PANNs, on the CPU; no code in the file is run. Raises InputError.
 
     Keys: `student` (state dict for VideoNet or AudioNet), `filter` (for ModalityNoiseFilter; empty without one),
     `network` (arguments of `make_network`), `task`, `method`, `seed`, `classes`, `settings`, `versions`, `epoch`; of
-    others' checkpoints `task` and `classes` are None. The authors' pickled schedulers are admitted by class, then dropped.
+    others' checkpoints `task` and `classes` are None. The authors' pickled schedulers are let in by class, then dropped.
     """
+    bases = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
     known = [value for module in (torch.optim, torch.optim.lr_scheduler) for value in vars(module).values()
-             if isinstance(value, type) and issubclass(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler))]
+             if isinstance(value, type) and issubclass(value, bases)]
     try:
         plain = (lambda factory: OrderedDict(), "collections.defaultdict")     # the loader fills no defaultdict
         with torch.serialization.safe_globals([*known, Counter, dict, plain]):
@@ -1410,15 +1414,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if isinstance(content, dict) and {"student", "network", "classes"} <= content.keys():
         return content
     try:
-        front_end = ("spectrogram_extractor.", "logmel_extractor.")     # PANNs keeps the constants of its log-mel
-        student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in state.items()
-                                  if not key.replace("module.", "").startswith(front_end)}
-                                 for state in (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {})))
+        states = (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {}))
+        student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in
+                                  state.items() if "_extractor." not in key}    # constants of PANNs' log-mel
+                                 for state in states)
         return {"student": student, "filter": noise_filter, "network": network_of(student), "task": None, "classes": None,
                 "method": "xmkd" if noise_filter else "student", "seed": 3, "settings": {}, "versions": {},
                 "epoch": content.get("epoch", content.get("iteration", 0))}
     except (AttributeError, KeyError) as error:
-        raise InputError(f"{path} is no checkpoint of this program, of the paper's authors or of PANNs ({error!r})") from error
+        raise InputError(f"{path} is no checkpoint of this program, the paper's authors or PANNs ({error!r})") from error
 
 def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits that change when any of the parts does."""
@@ -1436,7 +1440,7 @@ def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     return parse
 
 SHARE, COUNT, FLAG = number(float, 0, 1), number(int, 1, 10 ** 6), {"action": argparse.BooleanOptionalAction}
-OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default, type or choices or argparse settings, help
+OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default, type, choices or argparse settings, help
     "task and data": [
         ("task", "audio_tagging", list(STUDENT_KIND), "what the student learns"),
         ("data", "demo", str, "'demo' or a folder: AudioSet, UCF-101, ActivityNet, VGGSound, the authors' release, or "
@@ -1458,11 +1462,11 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
     "method": [
         ("method", None, METHODS, "xmkd (default): MNF + CSC; mnf: MNF with a constant temperature; csc: CSC on the "
          "unfiltered teacher; student: no teacher; kd, fitnet, crd, ccl: other distillation methods"),
-        ("compare", None, str, "methods to train from the same seeds and teacher embeddings, such as student,mnf,csc,xmkd, or "
-         "'paper' for all (default on the demo: student,xmkd)"),
-        ("teacher", "auto", str, "auto: the public pretrained network where it can be had, else one from scratch; scratch; or "
+        ("compare", None, str, "methods to train from the same seeds and teacher embeddings, such as student,mnf,csc,xmkd; "
+         "'paper': all of them (default on the demo: student,xmkd)"),
+        ("teacher", "auto", str, "auto: the public pretrained network where it can be had, else from scratch; scratch; or "
          "FILE, a checkpoint of the other modality, ours, the authors' or PANNs'"),
-        ("teacher-features", None, str, "folder with an embedding (D,) a clip, <clip id>.npy, instead of a teacher; any D"),
+        ("teacher-features", None, str, "folder with an embedding (D,) a clip, <clip id>.npy, in place of a teacher"),
         ("teacher-epochs", 60, COUNT, "epochs of a teacher from scratch (ours)"),
         ("csc-offset", 0.07, number(float, 1e-6, 10), "makes the temperature: similarity + offset (authors)"),
         ("margin", 0.2, number(float, 0, 2), "margin of the triplet term, cosine (authors)"),
@@ -1484,29 +1488,31 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
         ("workers", min(8, (os.cpu_count() or 2) // 2), number(int, 0, 256), "loader processes"),
         ("device", "auto", str, "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one"),
         ("quiet", False, {"action": "store_true"}, "print warnings and errors only")]}
-DEFAULTS = {name.replace("-", "_"): value for group in OPTIONS.values() for name, value, _, _ in group if value is not None}
+DEFAULTS = {name.replace("-", "_"): value for name, value, *_ in itertools.chain(*OPTIONS.values()) if value is not None}
 RECIPES: dict[str, dict[str, Any]] = {                                  # what a data set's own defaults change
     "audioset": {"epochs": 60},                                         # about the updates of UCF51's recipe (ours)
     "vggsound": {"epochs": 10},                                         # likewise
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},               # authors
     "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
              "crop_area": 0.7, "csc_offset": 0.3}}
-RUN_OPTIONS = {"out", "cache", "eval", "resume", "teacher_features", "workers", "device", "quiet", "compare", "method", "seeds",
-               "seed", "epochs", "max_skipped"}                         # what a checkpoint may differ in and be resumed
+RUN_OPTIONS = {"out", "cache", "eval", "resume", "teacher_features", "workers", "device", "quiet", "compare", "method",
+               "seeds", "seed", "epochs", "max_skipped"}                # what a checkpoint may differ in and be resumed
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options not given are absent: the checkpoint's or the data set's recipe fills them in."""
     def refuse(message: str) -> NoReturn:                               # one line instead of argparse's usage and error
         raise InputError(f"{message}; see python xmkd.py --help")
     parser = argparse.ArgumentParser(
-        prog="xmkd.py", argument_default=argparse.SUPPRESS, epilog="Exit codes: 0 done, 2 bad input, 130 interrupted, 143 terminated.",
-        description="Robust cross-modal knowledge distillation (arXiv 2304.07775): a noise-filtered teacher of one modality "
-        "trains a student of the other.")
+        prog="xmkd.py", argument_default=argparse.SUPPRESS,
+        description="Robust cross-modal knowledge distillation (arXiv 2304.07775): a noise-filtered teacher of one "
+        "modality trains a student of the other.",
+        epilog="Exit codes: 0 done, 2 bad input, 130 interrupted, 143 terminated.")
     parser.error = refuse  # type: ignore[method-assign]
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, default, kind, text in options:
-            others = [f"{recipe[key]} for {layout}" for layout, recipe in RECIPES.items() if (key := name.replace("-", "_")) in recipe]
+            key = name.replace("-", "_")
+            others = [f"{recipe[key]} for {layout}" for layout, recipe in RECIPES.items() if key in recipe]
             more = kind if isinstance(kind, dict) else {"type": kind} if callable(kind) else {"choices": kind}
             shown = f" (default: {', '.join([str(default), *others])})" if default is not None else ""
             group.add_argument(f"--{name}", help=text + shown, **more)
@@ -1526,54 +1532,58 @@ def find_layout(root: str) -> str:
     inside, files = {name.lower() for name in os.listdir(root)}, {*map(os.path.basename, walk_files(root))}
     annotation = annotation_file(root)                                  # the authors' UCF51 list has no segments
     segments = annotation and '"segment"' in Path(annotation).read_text(encoding="utf-8", errors="replace")
-    signs = {"ucf101": "ucftraintestlist" in inside, "audioset": "class_labels_indices.csv" in files, "activitynet": segments,
-             "annotation": annotation, "vggsound": "vggsound.csv" in files, "folder": {"train", "val"} & inside}
-    for layout, sign in signs.items():
-        if sign:
-            return layout
-    raise InputError(f"--data {root} has no known layout; looked for AudioSet (class_labels_indices.csv, *_segments.csv), "
-                     "UCF-101 (UCF-101/, ucfTrainTestlist/), ActivityNet (activity_net*.json), the authors' release "
-                     "(annotation.json), VGGSound (vggsound.csv) and a folder of folders (train/<label>/*, val/<label>/*)")
+    signs = {"ucf101": "ucftraintestlist" in inside, "audioset": "class_labels_indices.csv" in files,
+             "activitynet": segments, "annotation": annotation, "vggsound": "vggsound.csv" in files,
+             "folder": {"train", "val"} & inside}
+    if found := next((layout for layout, sign in signs.items() if sign), None):
+        return found
+    raise InputError(f"--data {root} has no known layout; looked for AudioSet (class_labels_indices.csv, *_segments.csv)"
+                     ", UCF-101 (UCF-101/, ucfTrainTestlist/), ActivityNet (activity_net*.json), the authors' release "
+                     "(annotation.json), VGGSound (vggsound.csv), a folder of folders (train/<label>/*, val/<label>/*)")
 
 def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, str]],
                console: Console) -> tuple[list[Clip], list[str], dict[str, tuple[str, ...]]]:
     """Indexes a data set and prints what was found -> usable clips, class names, streams needed by split."""
     root, task, evaluating = settings["data"], settings["task"], "eval" in settings
     if layout == "audioset" and task != "audio_tagging":
-        raise InputError(f"--task {task} needs one label a clip, and AudioSet's clips have several; use --task audio_tagging")
-    choice = {"audioset": {"split": settings["split"]}, "ucf101": {"fold": settings["fold"]}}.get(layout, {})
-    clips, classes = READERS[layout](root, **choice, skipped=skipped) if layout != "demo" else demo_clips(task == "audio_tagging")
+        raise InputError(f"--task {task} needs one label a clip, AudioSet's have several; use --task audio_tagging")
+    if layout == "demo":
+        clips, classes = demo_clips(task == "audio_tagging")
+    else:
+        choice = {"audioset": {"split": settings["split"]}, "ucf101": {"fold": settings["fold"]}}.get(layout, {})
+        clips, classes = READERS[layout](root, **choice, skipped=skipped)
     listed = len(clips) + sum(reason.startswith("missing") for _, reason in skipped)
     # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
-    features = None if evaluating or "teacher_features" not in settings else find_features(settings["teacher_features"], clips)
+    folder = None if evaluating else settings.get("teacher_features")
     both, alone = ("audio", "video"), (STUDENT_KIND[task],)
-    paired = layout == "ucf101" and features is None
-    needs = {"train": both if paired or not (evaluating or features is not None) else alone, "eval": both if paired else alone}
-    lacking = {clip: "missing: no file with the other stream" for clip in clips for kind in needs[clip.split]
-               if not (clip.audio if kind == "audio" else clip.video)}
-    if features is not None:
-        lacking.update({clip: f"missing: no <clip id>.npy under {settings['teacher_features']}" for clip in clips
-                        if clip.split == "train" and clip.id not in features})
-    skipped += [(clip.id if features is not None else clip.audio or clip.id, reason) for clip, reason in lacking.items()]
+    paired = layout == "ucf101" and not folder
+    needs = {"train": both if paired or not (evaluating or folder) else alone, "eval": both if paired else alone}
+    lacking = {clip: "missing: no file with the other stream" for clip in clips
+               if not all(getattr(clip, kind) for kind in needs[clip.split])}
+    if folder:
+        features = find_features(folder, clips)
+        lacking |= {clip: f"missing: no <clip id>.npy under {folder}" for clip in clips
+                    if clip.split == "train" and clip.id not in features}
+    skipped += [(clip.id if folder else clip.audio or clip.id, reason) for clip, reason in lacking.items()]
     parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
     clips = [clip for clip in clips if clip.split in parts and clip not in lacking]
     counts = {part: sum(clip.split == part for clip in clips) for part in parts}
     console.say(f"data    {root} ({layout}): {len(classes)} classes, {listed:,} clips listed; with all their files: "
                 + ", ".join(f"{count:,} for {part}" for part, count in counts.items()))
-    for part, count in counts.items():
-        if not count:
-            raise InputError(f"the {part} split of {root} is empty: no listed clip of it has its files")
+    if empty := [part for part in parts if not counts[part]]:
+        raise InputError(f"the {empty[0]} split of {root} is empty: no listed clip of it has its files")
     return clips, classes, needs
 
 def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, console: Console) -> Data:
-    """Indexes a data set, decodes it, writes skipped.csv; settings["seconds"] is fitted to the clips. Raises InputError."""
+    """Indexes a data set, decodes it, writes skipped.csv; fits settings["seconds"] to the clips. Raises InputError."""
     skipped: list[tuple[str, str]] = []
     clips, classes, needs = list_clips(layout, settings, skipped, console)
     root, side = settings["data"], round(settings["size"] * 128 / 112)   # 112 is cropped from a shorter side of 128
     load: Any = partial(load_stream, fps=settings["fps"], size=side)
     depends: dict[str, Any] = {"audio": [], "video": [settings["fps"], side]}
     if layout == "demo":
-        dials = {"student": STUDENT_KIND[settings["task"]], "side": side, **{k: settings[k] for k in ("seed", "noise", "mismatch", "fps")}}
+        dials = {name: settings[name] for name in ("seed", "noise", "mismatch", "fps")}
+        dials |= {"student": STUDENT_KIND[settings["task"]], "side": side}
         load, depends = partial(demo_stream, **dials), {"audio": dials, "video": dials}
     store = ClipStore(cache, clips, load, depends)
     jobs = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
@@ -1584,23 +1594,23 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
         skipped.append((path or clips[i].audio or clips[i].id, reason.removeprefix(f"{path}: ")))
     with (out / "skipped.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "reason"), *skipped])
-    train, evaluation = ([i for i, c in enumerate(clips) if c.split == part and i not in bad] for part in ("train", "eval"))
-    console.say(f"        {len(train):,} training and {len(evaluation):,} evaluation clips; {len(bad):,} cannot be decoded; "
-                f"{len(skipped):,} left out in all, see {out / 'skipped.csv'}")
+    train, evaluation = ([i for i in range(len(clips)) if clips[i].split == part and i not in bad]
+                         for part in ("train", "eval"))
+    console.say(f"        {len(train):,} training and {len(evaluation):,} evaluation clips; {len(bad):,} cannot be "
+                f"decoded; {len(skipped):,} left out in all, see {out / 'skipped.csv'}")
     if len(bad) > settings["max_skipped"] * len(clips):
         raise InputError(f"{len(bad)} of {len(clips)} clips are unreadable, more than the share --max-skipped "
                          f"{settings['max_skipped']:g}; the first: {next(iter(bad.values()))}")
+    labels = torch.stack([F.one_hot(torch.tensor(clip.labels), len(classes)).sum(0) for clip in clips]).float()
     training = any(clip.split == "train" for clip in clips)
     if not evaluation or (training and len(train) < 2):
-        raise InputError(f"{len(train)} training and {len(evaluation)} evaluation clips of {root} can be read; it takes 2 and 1")
-    if without := sorted(set(range(len(classes))) - {label for i in train for label in clips[i].labels}) if training else []:
-        console.warn(f"{len(without)} of {len(classes)} classes have no training clip, such as {classes[without[0]]!r}")
+        raise InputError(f"{root}: {len(train)} training and {len(evaluation)} evaluation clips are usable, 2 and 1 needed")
+    without = [name for name, used in zip(classes, labels[train].any(0)) if not used]
+    if training and without:
+        console.warn(f"{len(without)} of {len(classes)} classes have no training clip, such as {without[0]!r}")
     longest = max((n for i, n, _ in done if needs[clips[i].split][0] == "audio"), default=0) / 32000
     if longest and "eval" not in settings:
         settings["seconds"] = min(settings["seconds"], max(longest, 0.4))
-    labels = torch.zeros(len(clips), len(classes))
-    for i, clip in enumerate(clips):
-        labels[i, list(clip.labels)] = 1.0
     return Data(store, classes, labels if settings["task"] == "audio_tagging" else labels.argmax(1), train, evaluation)
 
 def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> None:
@@ -1637,9 +1647,10 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {settings['device']} cannot be used: {str(error).splitlines()[0]}") from error
     default = "student,xmkd" if layout == "demo" and "method" not in given else given.get("method", "xmkd")
-    methods = given.get("compare", default).replace("paper", ",".join(METHODS)).split(",")
+    every = ",".join(METHODS)
+    methods = given.get("compare", default).replace("paper", every).split(",")
     if unknown := next((method for method in methods if method not in METHODS or methods.count(method) > 1), None):
-        raise InputError(f"--compare {given['compare']}: {unknown!r} is no method or there twice; choose from {', '.join(METHODS)}")
+        raise InputError(f"--compare {given['compare']}: {unknown!r} is no method or there twice; choose from {every}")
     if given.get("teacher", "auto") not in ("auto", "scratch"):
         load_checkpoint(settings["teacher"])                            # refused now rather than after decoding
     return layout, methods, settings
@@ -1650,16 +1661,17 @@ def evaluate(job: Job, saved: dict[str, Any]) -> dict[str, Any]:
     network = restore(job, "eval", saved)
     known = saved["classes"] or data.classes                            # others' checkpoints do not name theirs
     if data.classes != known or len(known) != saved["network"]["num_classes"]:
-        raise InputError(f"--eval {checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, ...), "
-                         f"{settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...)")
+        raise InputError(f"--eval {checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, "
+                         f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...)")
     return {"task": settings["task"], "data": settings["data"], "method": saved["method"], "seed": saved["seed"],
-            "metrics": final_metrics(job, network), "teacher": None, "clips": {"eval": len(data.eval)}, "checkpoint": checkpoint}
+            "metrics": final_metrics(job, network), "teacher": None, "clips": {"eval": len(data.eval)},
+            "checkpoint": checkpoint}
 
 def run(given: dict[str, Any]) -> None:
     """What `main` does with the options given on the command line."""
     begun, saved = time.time(), load_checkpoint(given["eval"]) if "eval" in given else {}
     layout, methods, settings = settle(given, saved)
-    console, task, first, kind = Console(settings["quiet"]), settings["task"], settings["seed"], STUDENT_KIND[settings["task"]]
+    console, task, first = Console(settings["quiet"]), settings["task"], settings["seed"]
     label = "eval" if saved else methods[0] if len(methods) == 1 else "compare"
     source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
     out = Path(settings.get("out", f"runs/{task}-{source}-{label}-s{first}"))
@@ -1667,8 +1679,8 @@ def run(given: dict[str, Any]) -> None:
     cache = Path(settings.get("cache", next((folder for folder in near if folder.exists()), out / "cache")))
     out.mkdir(parents=True, exist_ok=True)
     data = open_data(layout, settings, cache, out, console)
-    spec = ViewSpec(kind, settings["frames"], settings["size"], round(settings["seconds"] * 32000), settings["crop_area"],
-                    settings["flip"], settings["strong"])
+    spec = ViewSpec(STUDENT_KIND[task], samples=round(settings["seconds"] * 32000),
+                    **{name: settings[name] for name in ("frames", "size", "crop_area", "flip", "strong")})
     job = Job(settings, data, spec, console)
     if saved:
         results = evaluate(job, saved)
@@ -1678,7 +1690,7 @@ def run(given: dict[str, Any]) -> None:
     console.say("recipe  " + ", ".join(f"{name} {settings[name]}" for name in shown))
     teacher, info = None, {"kind": "none"}
     if methods != ["student"]:
-        other = job._replace(spec=spec._replace(kind="audio" if kind == "video" else "video"))
+        other = job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video"))
         given_features = settings.get("teacher_features")
         pooled, info = read_features(given_features, data) if given_features else embed_clips(other, cache)
         teacher = torch.zeros(len(data.store.clips), pooled.shape[1])           # only training clips have an embedding
@@ -1695,8 +1707,9 @@ def run(given: dict[str, Any]) -> None:
         save(out / "results.json", {**results, "method": methods[-1], "seed": first, "seeds": settings["seeds"],
                                     "metrics": mean, "table": rows, "seconds": round(time.time() - begun, 1)})
     print_table(rows, console)
-    console.say(f"\n{len(data.eval):,} evaluation clips. A student's epoch is the one that did best on them, as the authors report "
-                f"it: a little\nflattering, alike for all; the last epoch's figures are in results.json. All of it is in {out}")
+    console.say(f"\n{len(data.eval):,} evaluation clips. A student's epoch is the one that did best on them, as the authors"
+                " report it: a little\nflattering, alike for all; results.json has the last epoch's figures too. All of it "
+                f"is in {out}")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
