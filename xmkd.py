@@ -229,7 +229,7 @@ def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Mo
     def composition(student: Tensor) -> Tensor:
         return teacher + compose(torch.cat([F.normalize(teacher, dim=1), F.normalize(student, dim=1)], 1))
     def contrast(a: Tensor, b: Tensor) -> Tensor:
-        constant = torch.zeros(len(a), len(b), device=a.device, dtype=a.dtype)
+        constant = a.new_zeros(len(a), len(b))
         return csc_loss(a, b, constant, labels, temperature) + csc_loss(b, a, constant, labels, temperature)
     joint, own = composition(features.pooled), composition(features.pooled.detach())     # own: trains `compose` only
     p, q = log_probabilities(features.logits, labels), log_probabilities(classify(joint), labels)
@@ -489,8 +489,7 @@ def check_length(stream: Any, start: float, end: float | None, got: float) -> No
     total = float(stream.duration * stream.time_base) if stream.duration else np.dot([*map(float, clock)], [3600, 60, 1])
     if not total and len(container.streams) == 1:
         total = (container.duration or 0) / av.time_base
-    guessed = container.format.name in ("mp3", "aac")
-    promised = 0.0 if guessed else min(total, end or total) - start
+    promised = 0.0 if container.format.name in ("mp3", "aac") else min(total, end or total) - start     # those guess it
     if got < promised - max(0.3, 0.1 * promised):
         raise InputError(f"truncated, {got:.1f} of {promised:.1f} s of {stream.type} decoded")
 
@@ -605,13 +604,11 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
 
     owners  keys of `listed` that a file name stands for.  Raises InputError, with three of each, where none has a file.
     """
-    files: dict[bool, dict[str, str]] = {True: {}, False: {}}                              # sound only? -> key -> path
-    media = walk_media(root)
+    media, sound, picture = walk_media(root), {}, {}
     for path in media:
         for key in owners(os.path.basename(path)):
-            files[is_sound_only(path)].setdefault(key, path)                               # of copies the first
-    picture = files[False]
-    sound = {key: path for key, path in picture.items() if not path.endswith(".hdf5")} | files[True]    # HDF5 is mute
+            (sound if is_sound_only(path) else picture).setdefault(key, path)              # of copies the first
+    sound = {key: path for key, path in picture.items() if not path.endswith(".hdf5")} | sound          # HDF5 is mute
     found = picture | sound
     if not found:
         first, seen = (", ".join(map(os.path.basename, names[:3])) or "none" for names in ([*listed], media))
@@ -622,13 +619,13 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
     return [clip._replace(audio=sound.get(key), video=picture.get(key)) for key, clip in listed.items() if key in found]
 
 def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
-    """("file:line", fields) of a list in CSV; tolerates what editors do to such files."""
+    """("file:line", fields) of each row of a list in CSV."""
     with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
         for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
             yield f"{table}:{number}", row
 
 def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[tuple[str, Clip]]:
-    """("file:line", clip) of the rows of an AudioSet list, `id, start, end, "mid,mid"`, also without its quotes."""
+    """("file:line", clip) of an AudioSet list, `id, start, end, "mid,mid"`; tolerates what editors do to such files."""
     for place, row in read_rows(table):
         fields = [f for f in (field.strip(' "') for field in ",".join(row).split(",")) if f]
         if not fields or fields[0].startswith("#"):
@@ -707,7 +704,7 @@ def read_ucf101(root: str | Path, fold: int = 1,
             else:
                 skipped.append((entry, "its class is not among the 51 that have sound, or not in classInd.txt"))
     def owners(name: str) -> list[str]:
-        stem = os.path.splitext(name)[0].lower()
+        stem = Path(name).stem.lower()
         return [stem] if stem in listed and not is_sound_only(name) else []
     return match_files(listed, owners, folders.get("ucf-101", Path(root)), skipped), classes
 
@@ -934,9 +931,8 @@ class ClipStore(Dataset[Any]):
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
     """Frame indices of up to `count` even windows of `size` out of n; stops at the first short one, looped. Authors."""
     stride = max(1, math.ceil((n - 1 - size) / max(count - 1, 1)))
-    windows = sliding_windows(n, size, stride)
-    short = next((i for i in range(len(windows)) if n - i * stride < size), count)
-    return windows[:min(short + 1, count)]
+    full = max((n - size) // stride + 1, 0)
+    return sliding_windows(n, size, stride)[:min(full + 1, count)]
 
 def sliding_windows(n: int, size: int = 16, stride: int = 16) -> list[list[int]]:
     """Frame indices of consecutive windows of `size` out of n frames; a last short one is looped. Authors."""
@@ -1415,9 +1411,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return content
     try:
         states = (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {}))
-        student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in
-                                  state.items() if "_extractor." not in key}    # constants of PANNs' log-mel
-                                 for state in states)
+        student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): state[key] for key in state
+                                  if "_extractor." not in key} for state in states)     # those of PANNs' log-mel
         return {"student": student, "filter": noise_filter, "network": network_of(student), "task": None, "classes": None,
                 "method": "xmkd" if noise_filter else "student", "seed": 3, "settings": {}, "versions": {},
                 "epoch": content.get("epoch", content.get("iteration", 0))}
@@ -1462,10 +1457,10 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
     "method": [
         ("method", None, METHODS, "xmkd (default): MNF + CSC; mnf: MNF with a constant temperature; csc: CSC on the "
          "unfiltered teacher; student: no teacher; kd, fitnet, crd, ccl: other distillation methods"),
-        ("compare", None, str, "methods to train from the same seeds and teacher embeddings, such as student,mnf,csc,xmkd; "
-         "'paper': all of them (default on the demo: student,xmkd)"),
-        ("teacher", "auto", str, "auto: the public pretrained network where it can be had, else from scratch; scratch; or "
-         "FILE, a checkpoint of the other modality, ours, the authors' or PANNs'"),
+        ("compare", None, str, "methods to train from the same seeds and teacher, such as student,mnf,csc,xmkd, or "
+         "'paper' for all (default on the demo: student,xmkd)"),
+        ("teacher", "auto", str, "auto: the public pretrained network where it can be had, else one from scratch; "
+         "scratch; or FILE, a checkpoint of the other modality, ours, the authors' or PANNs'"),
         ("teacher-features", None, str, "folder with an embedding (D,) a clip, <clip id>.npy, in place of a teacher"),
         ("teacher-epochs", 60, COUNT, "epochs of a teacher from scratch (ours)"),
         ("csc-offset", 0.07, number(float, 1e-6, 10), "makes the temperature: similarity + offset (authors)"),
@@ -1604,7 +1599,7 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     labels = torch.stack([F.one_hot(torch.tensor(clip.labels), len(classes)).sum(0) for clip in clips]).float()
     training = any(clip.split == "train" for clip in clips)
     if not evaluation or (training and len(train) < 2):
-        raise InputError(f"{root}: {len(train)} training and {len(evaluation)} evaluation clips are usable, 2 and 1 needed")
+        raise InputError(f"{len(train)} training and {len(evaluation)} evaluation clips can be read; it takes 2 and 1")
     without = [name for name, used in zip(classes, labels[train].any(0)) if not used]
     if training and without:
         console.warn(f"{len(without)} of {len(classes)} classes have no training clip, such as {without[0]!r}")
@@ -1707,9 +1702,9 @@ def run(given: dict[str, Any]) -> None:
         save(out / "results.json", {**results, "method": methods[-1], "seed": first, "seeds": settings["seeds"],
                                     "metrics": mean, "table": rows, "seconds": round(time.time() - begun, 1)})
     print_table(rows, console)
-    console.say(f"\n{len(data.eval):,} evaluation clips. A student's epoch is the one that did best on them, as the authors"
-                " report it: a little\nflattering, alike for all; results.json has the last epoch's figures too. All of it "
-                f"is in {out}")
+    console.say(f"\n{len(data.eval):,} evaluation clips. A student's epoch is the one that did best on them, as the "
+                "authors report it: a little\nflattering, alike for all; the last epoch's figures are in results.json. "
+                f"All of it is in {out}")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
