@@ -1573,7 +1573,7 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     """Indexes a data set, decodes it, writes skipped.csv; fits settings["seconds"] to the clips. Raises InputError."""
     skipped: list[tuple[str, str]] = []
     clips, classes, needs = list_clips(layout, settings, skipped, console)
-    root, side = settings["data"], round(settings["size"] * 128 / 112)   # 112 is cropped from a shorter side of 128
+    side = round(settings["size"] * 128 / 112)                          # 112 is cropped from a shorter side of 128
     load: Any = partial(load_stream, fps=settings["fps"], size=side)
     depends: dict[str, Any] = {"audio": [], "video": [settings["fps"], side]}
     if layout == "demo":
