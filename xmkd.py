@@ -40,7 +40,7 @@ import time
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -84,7 +84,7 @@ def label_overlap(labels: Tensor) -> Tensor:
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (B, C) in nats, mean over clips; for multi-hot tags (B, C) binary ones, summed over tags.
 
-    The sum is ours: a mean over tags shrinks with C until CSC drowns it (demo: mAP 0.18 with the mean, 0.83 with the sum).
+    The sum is ours: a mean over tags shrinks with C until CSC drowns it (demo: mAP 0.18 with the mean, 0.83 with it).
     """
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
@@ -129,7 +129,7 @@ class Filtered(NamedTuple):
     attention: Tensor  # (B, K) where the purified teacher looks on the student's map; rows sum to 1
 
 class ModalityNoiseFilter(nn.Module):
-    """MNF: gates the teacher by what the student sees, then asks the student's map with it (authors' module of that name).
+    """MNF: gates the teacher by what the student sees, then asks the student's map with it (authors' module).
 
     num_classes  C
     dim          D, channels of the student's map
@@ -175,7 +175,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         filter_terms = {"filter_cls": classification_loss(filtered.logits, labels),                   # 4. filter loss
                         "sparsity": sparsity * sparsity_loss(weight),    # of the gate's last layer only, as released
                         "triplet": triplet_loss(features.pooled, raw, filtered.teacher, margin)}
-        student_terms["csc"] = csc_loss(features.pooled, filtered.evidence, similarity, labels, offset)   # 5. student loss
+        student_terms["csc"] = csc_loss(features.pooled, filtered.evidence, similarity, labels, offset)   # 5.
     elif noise_filter is not None:
         student_terms["distill"] = noise_filter.train()(features, teacher, labels)
     optimizer.zero_grad(set_to_none=True)
@@ -199,7 +199,7 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.log_softmax(1) if labels.ndim == 1 else torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
 
 def kd_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 4.0) -> Tensor:
-    """Soft targets (Hinton et al. 2015, arXiv 1503.02531): KL of softened predictions (B, C), times temperature squared."""
+    """Soft targets (Hinton et al. 2015, arXiv 1503.02531): KL of softened predictions (B, C), times temperature ** 2."""
     student, teacher = (log_probabilities(x / temperature, labels) for x in (logits, teacher_logits))
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature ** 2
 
@@ -229,11 +229,11 @@ def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Mo
     def composition(student: Tensor) -> Tensor:
         return teacher + compose(torch.cat([F.normalize(teacher, dim=1), F.normalize(student, dim=1)], 1))
     def contrast(a: Tensor, b: Tensor) -> Tensor:
-        constant = torch.zeros(len(a), len(b), device=a.device, dtype=a.dtype)
+        constant = a.new_zeros(len(a), len(b))
         return csc_loss(a, b, constant, labels, temperature) + csc_loss(b, a, constant, labels, temperature)
     joint, own = composition(features.pooled), composition(features.pooled.detach())     # own: trains `compose` only
     p, q = log_probabilities(features.logits, labels), log_probabilities(classify(joint), labels)
-    symmetric = F.kl_div(p, q, reduction="batchmean", log_target=True) + F.kl_div(q, p, reduction="batchmean", log_target=True)
+    symmetric = sum(F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((p, q), (q, p)))
     return (classification_loss(classify(own), labels) + contrast(own, teacher) + contrast(features.pooled, teacher)
             + contrast(features.pooled, joint) + symmetric)
 
@@ -248,9 +248,10 @@ class Distiller(nn.Module):
         super().__init__()
         self.method, self.offset = method, offset
         to_student = nn.Identity() if teacher_dim == dim else nn.Linear(teacher_dim, dim)
-        self.teacher = {"csc": to_student, "ccl": to_student, "crd": nn.Linear(teacher_dim, 128)}.get(method, nn.Identity())
+        nothing, to_common = nn.Identity(), nn.Linear(teacher_dim, 128)
+        self.teacher = {"csc": to_student, "ccl": to_student, "crd": to_common}.get(method, nothing)
         self.student = {"crd": nn.Linear(dim, 128), "fitnet": nn.Linear(dim, teacher_dim),
-                        "ccl": nn.Linear(2 * dim, dim)}.get(method, nn.Identity())
+                        "ccl": nn.Linear(2 * dim, dim)}.get(method, nothing)
         self.classify = probe or (nn.Linear(dim, num_classes) if method == "ccl" else nn.Identity())
 
     def forward(self, features: Features, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -267,7 +268,7 @@ class Distiller(nn.Module):
         return crd_loss(projected, teacher, labels) if self.method == "crd" else fitnet_loss(projected, teacher)
 
 def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int, decay: float = 1e-3) -> nn.Linear:
-    """Frozen logistic regression from embeddings (N, D) to logits (N, C), by L-BFGS; `decay` is relative to their variance."""
+    """Frozen logistic regression, embeddings (N, D) to logits (N, C), by L-BFGS; `decay` is relative to the variance."""
     probe = nn.Linear(embeddings.shape[1], num_classes)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
     def closure() -> Tensor:
@@ -287,7 +288,7 @@ class Features(NamedTuple):
     logits: Tensor  # (B, C)
 
 class FactorisedConv3d(nn.Module):
-    """(B, c_in, T, H, W) -> (B, c_out, T', H', W'): spatial conv, BN, ReLU, temporal conv, about as many weights as whole."""
+    """(B, c_in, T, H, W) -> (B, c_out, T', H', W'): spatial conv, BN, ReLU, temporal conv; about a 3-d one's weights."""
     def __init__(self, c_in: int, c_out: int, kernel: Sequence[int], stride: Sequence[int] = (1, 1, 1)) -> None:
         super().__init__()
         (kt, kh, kw), (st, sh, sw) = kernel, stride
@@ -300,7 +301,7 @@ class FactorisedConv3d(nn.Module):
         return self.temporal_conv(F.relu(self.bn(self.spatial_conv(x))))
 
 class VideoBlock(nn.Module):
-    """Residual block of two factorised 3x3x3 convolutions; `downsample` halves all axes, its shortcut is factorised too."""
+    """Residual block of two factorised 3x3x3 convolutions; `downsample` halves all axes, its shortcut is factorised."""
     def __init__(self, c_in: int, c_out: int, downsample: bool = False) -> None:
         super().__init__()
         stride = (2, 2, 2) if downsample else (1, 1, 1)
@@ -400,19 +401,19 @@ class AudioNet(nn.Module):
         return Features(x.flatten(2).transpose(1, 2), pooled, self.fc_audioset(pooled))
 
 def make_network(kind: str, num_classes: int, width: int, **more: Any) -> nn.Module:
-    """The student, or a teacher from scratch, of one modality; D = 8 * width for both. `more`: the class's own arguments."""
+    """The student or a teacher from scratch of one modality; D = 8 * width. `more`: the class's own arguments."""
     if kind == "video":        # channels-last: 1.1 to 1.5 times faster steps, same numbers
-        return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    audio = AudioNet(num_classes, width, **{"dim": 8 * width, **more})
-    return audio.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)  # type: ignore
+    more = {"dim": 8 * width, **more}
+    return AudioNet(num_classes, width, **more).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 class Prepare(nn.Module):
     """Raw views -> network input in float32, on the views' device.
 
-    (B, T, 3, H, W) uint8 frames -> (B, 3, T, size, size) with ImageNet's mean and std (authors); `boxes` (B, 4) in pixels,
+    (B, T, 3, H, W) uint8 frames -> (B, 3, T, size, size) with ImageNet's mean and std (authors); `boxes` (B, 4), pixels
     x1, y1, x2, y2, are cropped and scaled, x1 > x2 mirrors. Without boxes the frames are taken as they are.
-    (B, samples) int16 -> (B, T, 64) decibels. In train mode, if `spec_augment`, 2 time and 2 mel stripes of at most PANNs'
-    widths (64 of 1001 frames, 8 of 64 bins) are masked with the batch mean.
+    (B, samples) int16 -> (B, T, 64) decibels. In train mode, if `spec_augment`, 2 time and 2 mel stripes of at most
+    PANNs' widths (64 of 1001 frames, 8 of 64 bins) are masked with the batch mean.
     """
     def __init__(self, size: int = 112, spec_augment: bool = False) -> None:
         super().__init__()
@@ -438,37 +439,37 @@ class Prepare(nn.Module):
 
 # ============================================== 4. Media (PyAV; opened and closed per call, one thread)
 @contextmanager
-def open_media(path: str | os.PathLike[str]) -> Iterator[Any]:
-    """PyAV container of a local regular file, gzipped or not; what FFmpeg refuses is an InputError naming the file."""
+def open_media(path: str | Path, kind: str) -> Iterator[Any]:
+    """The stream of `kind` ("audio", "video") that FFmpeg deems best in a local file, gzipped or not; on one thread.
+
+    What is wrong with the file, here or in the block that reads it, is an InputError that begins with its path.
+    """
     name = os.fspath(path)
-    if not os.path.isfile(name):
-        raise InputError(f"{name}: not a regular file" if os.path.exists(name) else f"{name}: no such file")
-    if os.path.getsize(name) == 0:
-        raise InputError(f"{name}: empty file (0 bytes)")
     av.logging.set_level(None)                                                  # FFmpeg's own messages name no file
     try:
+        if not os.path.isfile(name):
+            raise InputError("not a regular file" if os.path.exists(name) else "no such file")
+        if os.path.getsize(name) == 0:
+            raise InputError("empty file (0 bytes)")
         with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
             with av.open(file, "r", metadata_errors="replace") as container:
-                yield container
+                stream = container.streams.best(kind)
+                if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
+                    raise InputError(f"no {kind} stream")                       # a cover picture is no video
+                stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+                yield stream
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
     except (av.error.FFmpegError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{name}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
 
-def open_stream(path: str | os.PathLike[str], container: Any, kind: str) -> Any:
-    """The stream of `kind` ("audio", "video") that FFmpeg deems best, on one thread; a cover picture is no video."""
-    stream = container.streams.best(kind)
-    if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
-        raise InputError(f"{os.fspath(path)}: no {kind} stream")
-    stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-    return stream
-
-def timed_frames(container: Any, stream: Any, start: float, end: float | None) -> Iterator[tuple[float, Any]]:
-    """(seconds since the container's start, frame) from just before `start` to the first at `end`; damaged packets are dropped."""
+def timed_frames(stream: Any, start: float, end: float | None) -> Iterator[tuple[float, Any]]:
+    """(seconds since the file's start, frame) from just before `start` to the first at `end`, less damaged packets."""
+    container = stream.container
     origin = (container.start_time or 0) / av.time_base
     if start > 0:
-        try:
+        with suppress(av.error.FFmpegError):                                    # no index: decode from the beginning
             container.seek(int((max(start - 0.5, 0.0) + origin) * av.time_base))
-        except av.error.FFmpegError:
-            pass                                                                # no index: decode from the beginning
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
@@ -480,53 +481,53 @@ def timed_frames(container: Any, stream: Any, start: float, end: float | None) -
             if end is not None and seconds >= end:                              # tells how long the one before is shown
                 return
 
-def check_length(path: str | os.PathLike[str], container: Any, stream: Any, start: float, end: float | None,
-                 got: float) -> None:
-    """Raises InputError where the header promises over 10 % (at least 0.3 s) more than the seconds got: a cut-off file."""
-    hours, minutes, seconds = stream.metadata.get("DURATION", "0:0:0").split(":")               # where Matroska keeps it
-    total = float(stream.duration * stream.time_base) if stream.duration else int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+def check_length(stream: Any, start: float, end: float | None, got: float) -> None:
+    """InputError where the header promises over 10 % (at least 0.3 s) more than the seconds got: a cut-off file."""
+    if got <= 0:
+        raise InputError(f"no {stream.type} between {start:g} and {'the end' if end is None else f'{end:g}'} s")
+    container, clock = stream.container, stream.metadata.get("DURATION", "0:0:0").split(":")    # where Matroska keeps it
+    total = float(stream.duration * stream.time_base) if stream.duration else np.dot([*map(float, clock)], [3600, 60, 1])
     if not total and len(container.streams) == 1:
         total = (container.duration or 0) / av.time_base
-    promised = 0.0 if container.format.name in ("mp3", "aac") else min(total, end or total) - start    # those only guess it
-    if got <= 0:
-        raise InputError(f"{os.fspath(path)}: no {stream.type} between {start:g} and {'the end' if end is None else f'{end:g}'} s")
+    promised = 0.0 if container.format.name in ("mp3", "aac") else min(total, end or total) - start     # those guess it
     if got < promised - max(0.3, 0.1 * promised):
-        raise InputError(f"{os.fspath(path)}: truncated, {got:.1f} of {promised:.1f} s of {stream.type} decoded")
+        raise InputError(f"truncated, {got:.1f} of {promised:.1f} s of {stream.type} decoded")
 
-def decode_audio(path: str | os.PathLike[str], start: float = 0.0, end: float | None = None, rate: int = 32000) -> Tensor:
+def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None, rate: int = 32000) -> Tensor:
     """Samples of the file's best audio stream between two times: (samples,) float32, mono, about -1..1.
 
     start, end  seconds on the file's own clock; end=None reads to its end.   rate  Hz.
     Raises InputError: unreadable, no audio stream, nothing in the range, shorter than the header promises.
     """
     pieces: list[Any] = []
-    first = resampler = layout = None
-    with open_media(path) as container:
-        stream = open_stream(path, container, "audio")
-        for seconds, frame in timed_frames(container, stream, start, end):
-            first = seconds if first is None else first
-            if layout != (layout := (frame.format.name, frame.layout.name, frame.sample_rate)):
-                pieces += resampler.resample(None) if resampler else []         # parameters can change in mid-stream
-                resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
-            frame.pts = None                                                    # no gap filling: sample counts keep time
-            pieces += resampler.resample(frame)
-        pieces += resampler.resample(None) if resampler else []
-        samples = np.concatenate([piece.to_ndarray()[0] for piece in pieces]) if pieces else np.zeros(0, np.float32)
+    first = None
+    with open_media(path, "audio") as stream:
+        layout = lambda item: (item[1].format.name, item[1].layout.name, item[1].sample_rate)   # can change in mid-stream
+        for _, group in itertools.groupby(timed_frames(stream, start, end), layout):
+            resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+            for seconds, frame in group:
+                first = seconds if first is None else first
+                frame.pts = None                                                # no gap filling: sample counts keep time
+                pieces += resampler.resample(frame)
+            pieces += resampler.resample(None)
+        samples = np.concatenate([np.zeros(0, np.float32), *(piece.to_ndarray()[0] for piece in pieces)])
         begin = max(round((start - (first or 0.0)) * rate), 0)
         samples = samples[begin:None if end is None else begin + round((end - start) * rate)]
-        check_length(path, container, stream, start, end, len(samples) / rate)
+        check_length(stream, start, end, len(samples) / rate)
     return torch.from_numpy(samples)
 
 def to_picture(frame: Any, size: tuple[int, int] | int, reformatter: VideoReformatter) -> Any:
     """A decoded frame as (3, H, W) uint8 RGB, turned upright; `size` as in `decode_video`."""
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4                # phones store the turn beside the picture
     sides = (frame.width, frame.height)
-    target = [round(size * min(side / min(sides), 4)) for side in sides] if isinstance(size, int) else size[::-1]
-    target = target if isinstance(size, int) or turns % 2 == 0 else target[::-1]
-    image = reformatter.reformat(frame, *target, "rgb24", threads=1).to_ndarray()
+    if isinstance(size, int):
+        width, height = (round(size * min(side / min(sides), 4)) for side in sides)
+    else:
+        height, width = size if turns % 2 == 0 else size[::-1]
+    image = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
     return np.rot90(image, turns).transpose(2, 0, 1)
 
-def decode_video(path: str | os.PathLike[str], start: float = 0.0, end: float | None = None, fps: float = 4.0,
+def decode_video(path: str | Path, start: float = 0.0, end: float | None = None, fps: float = 4.0,
                  size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the file's best video stream at a fixed rate: (T, 3, H, W) uint8 RGB, T = ceil(seconds * fps).
 
@@ -534,21 +535,21 @@ def decode_video(path: str | os.PathLike[str], start: float = 0.0, end: float | 
     size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1).
     Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
-    frames: list[Any] = []
-    reformatter, shown, shown_image, last = VideoReformatter(), None, None, start
-    with open_media(path) as container:
-        stream = open_stream(path, container, "video")
+    pictures: list[Any] = []
+    reformatter, seconds = VideoReformatter(), start
+    with open_media(path, "video") as stream:
         period = 1 / float(stream.average_rate or 25)
-        for seconds, frame in itertools.chain(timed_frames(container, stream, start, end), [(math.inf, None)]):
-            stop = min(seconds, last + period if frame is None else math.inf, math.inf if end is None else end)
-            while shown is not None and start + len(frames) / fps < stop - 1e-6:
-                shown_image = to_picture(shown, size, reformatter) if shown_image is None else shown_image
-                frames.append(shown_image)
-            shown, shown_image, last = frame, None, seconds if frame is not None else last
-        check_length(path, container, stream, start, end, last + period - start if frames else 0.0)
-    return torch.from_numpy(np.stack(frames))
+        timed = itertools.chain(timed_frames(stream, start, end), [(None, None)])
+        for (seconds, frame), (following, _) in itertools.pairwise(timed):
+            stop = min(seconds + period if following is None else following, math.inf if end is None else end)
+            picture = None
+            while start + len(pictures) / fps < stop - 1e-6:
+                picture = to_picture(frame, size, reformatter) if picture is None else picture
+                pictures.append(picture)
+        check_length(stream, start, end, seconds + period - start if pictures else 0.0)
+    return torch.from_numpy(np.stack(pictures))
 
-def decode_hdf5(path: str | os.PathLike[str], size: tuple[int, int] | int = (128, 171)) -> Tensor:
+def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the authors' HDF5 files (dataset `video`, one JPEG a frame) as they are: (T, 3, H, W) uint8 RGB.
 
     size as in `decode_video`. Raises InputError: h5py is not installed, or the file is not of this kind.
@@ -556,15 +557,15 @@ def decode_hdf5(path: str | os.PathLike[str], size: tuple[int, int] | int = (128
     try:
         import h5py
     except ImportError as error:
-        raise InputError(f"{os.fspath(path)}: frames in HDF5 need the package h5py; pip install h5py") from error
+        raise InputError(f"{path}: frames in HDF5 need the package h5py; pip install h5py") from error
     codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()
     codec.thread_count = 1
     try:
         with h5py.File(path) as file:
-            packets = [av.Packet(np.asarray(jpeg, np.uint8).tobytes()) for jpeg in file["video"]]
-        return torch.from_numpy(np.stack([to_picture(codec.decode(packet)[0], size, reformatter) for packet in packets]))
+            frames = [codec.decode(av.Packet(np.asarray(jpeg, np.uint8).tobytes()))[0] for jpeg in file["video"]]
+        return torch.from_numpy(np.stack([to_picture(frame, size, reformatter) for frame in frames]))
     except (OSError, KeyError, ValueError, IndexError, av.error.FFmpegError) as error:
-        raise InputError(f"{os.fspath(path)}: no HDF5 file with a JPEG a frame in `video` ({error})") from error
+        raise InputError(f"{path}: no HDF5 file with a JPEG a frame in `video` ({error})") from error
 
 # ============================================== 5. Data sets
 class Clip(NamedTuple):
@@ -581,68 +582,66 @@ def is_sound_only(path: str) -> bool:
     """True for the extensions that hold sound without picture."""
     return path.lower().endswith((".wav", ".flac", ".mp3", ".m4a", ".ogg", ".opus", ".aac", ".wav.gz"))
 
-def walk_files(root: str | os.PathLike[str]) -> Iterator[str]:
-    """Paths of the files under `root`, upper folders first; linked folders are followed, each once, hidden ones not."""
+def walk_files(root: str | Path, *endings: str) -> Iterator[str]:
+    """Paths of the files under `root` with such endings, upper folders first; linked folders once, hidden ones not."""
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
+        if (here := os.stat(folder)[1:3]) in seen:                                         # inode and device
             subfolders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        seen.add(here)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (os.path.join(folder, name) for name in files if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in files if name[0] != "." and name.endswith(endings or ""))
 
-def walk_media(root: str | os.PathLike[str]) -> list[str]:
+def walk_media(root: str | Path) -> list[str]:
     """Sorted paths of the media files under `root`, told by extension."""
     pictures = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".hdf5")
     return sorted(path for path in walk_files(root) if is_sound_only(path) or path.lower().endswith(pictures))
 
-def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]], root: str | os.PathLike[str],
-                skipped: list[tuple[str, str]]) -> list[Clip]:
+def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]], root: str | Path,
+                skipped: list[tuple[str, str]] | None) -> list[Clip]:
     """The listed clips with their files under `root`; sound and picture may be two. Those without go to `skipped`.
 
-    owners  keys of `listed` that a file name stands for.  Raises InputError, with three ids and names, where none has a file.
+    owners  keys of `listed` that a file name stands for.  Raises InputError, with three of each, where none has a file.
     """
-    sound: dict[str, str] = {}
-    picture: dict[str, str] = {}
-    media = walk_media(root)
+    media, sound, picture = walk_media(root), {}, {}
     for path in media:
         for key in owners(os.path.basename(path)):
             (sound if is_sound_only(path) else picture).setdefault(key, path)              # of copies the first
-    if not sound.keys() | picture.keys():
-        names = [os.path.basename(path) for path in media]
-        raise InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: "
-                         f"{', '.join([*listed][:3]) or 'none'}; files seen: {', '.join(names[:3]) or 'none'}; names must agree")
-    skipped += [(clip.id, "missing: listed, but no file has its name") for key, clip in listed.items()
-                if key not in sound and key not in picture]
-    frames = {key for key, path in picture.items() if path.endswith(".hdf5")}              # hold no sound
-    return [clip._replace(audio=sound.get(key, None if key in frames else picture.get(key)), video=picture.get(key))
-            for key, clip in listed.items() if key in sound or key in picture]
+    sound = {key: path for key, path in picture.items() if not path.endswith(".hdf5")} | sound          # HDF5 is mute
+    found = picture | sound
+    if not found:
+        first, seen = (", ".join(map(os.path.basename, names[:3])) or "none" for names in ([*listed], media))
+        raise InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: {first}; "
+                         f"files seen: {seen}; names must agree")
+    if skipped is not None:
+        skipped += [(listed[key].id, "missing: listed, but no file has its name") for key in listed if key not in found]
+    return [clip._replace(audio=sound.get(key), video=picture.get(key)) for key, clip in listed.items() if key in found]
 
-def read_segments(table: str, split: str, index_of: dict[str, int], listed: dict[str, Clip],
-                  skipped: list[tuple[str, str]]) -> None:
-    """Adds the rows of an AudioSet list, `id, start, end, "mid,mid"`, to `listed`; tolerates what editors do to such files."""
+def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
+    """("file:line", fields) of each row of a list in CSV."""
     with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
         for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
-            fields = [f for f in (field.strip(' "') for field in ",".join(row).split(",")) if f]
-            if not fields or fields[0].startswith("#"):
-                continue
-            try:
-                ytid, start, end, mids = fields[0], float(fields[1]), float(fields[2]), fields[3:]
-                if not (len(ytid) == 11 and 0 <= start < end < math.inf and mids):
-                    raise ValueError
-            except (ValueError, IndexError):
-                raise InputError(f"{table}:{number}: expected 'id, start, end, \"label,label\"' with 11 characters of "
-                                 f"id, 0 <= start < end, got {','.join(row)!r}; mend or remove the line") from None
-            if unknown := [mid for mid in mids if mid not in index_of]:
-                raise InputError(f"{table}:{number}: unknown label {unknown[0]!r}, it is not in class_labels_indices.csv")
-            if ytid in listed:
-                skipped.append((f"{ytid} ({table}:{number})", "listed twice; the first row counts"))
-            labels = tuple(sorted({index_of[mid] for mid in mids}))
-            listed.setdefault(ytid, Clip(ytid, labels, split, start=start, end=end))
+            yield f"{table}:{number}", row
 
-def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
+def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[tuple[str, Clip]]:
+    """("file:line", clip) of an AudioSet list, `id, start, end, "mid,mid"`; tolerates what editors do to such files."""
+    for place, row in read_rows(table):
+        fields = [f for f in (field.strip(' "') for field in ",".join(row).split(",")) if f]
+        if not fields or fields[0].startswith("#"):
+            continue
+        try:
+            ytid, start, end, mids = fields[0], float(fields[1]), float(fields[2]), fields[3:]
+            if not (len(ytid) == 11 and 0 <= start < end < math.inf and mids):
+                raise ValueError
+            yield place, Clip(ytid, tuple(sorted({index_of[mid] for mid in mids})), split, start=start, end=end)
+        except (ValueError, IndexError):
+            raise InputError(f"{place}: expected 'id, start, end, \"label,label\"' with 11 characters of id, "
+                             f"0 <= start < end, got {','.join(row)!r}; mend or remove the line") from None
+        except KeyError as error:
+            raise InputError(f"{place}: unknown label {error}, it is not in class_labels_indices.csv") from None
+
+def read_audioset(root: str | Path, split: str = "balanced",
                   skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """AudioSet: `class_labels_indices.csv`, `*_segments.csv` and media anywhere under `root` -> clips, display names.
 
@@ -652,7 +651,7 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
     wherever it lies. Raises InputError naming file and line.
     """
     skipped = [] if skipped is None else skipped
-    tables = sorted(path for path in walk_files(root) if path.endswith(".csv"))
+    tables = sorted(walk_files(root, ".csv"))
     labels_file = next((path for path in tables if os.path.basename(path) == "class_labels_indices.csv"), None)
     if labels_file is None:
         raise InputError(f"no class_labels_indices.csv under {root}; AudioSet publishes it beside the segment lists")
@@ -663,28 +662,30 @@ def read_audioset(root: str | os.PathLike[str], split: str = "balanced",
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{labels_file}: expected UTF-8 with a header index,mid,display_name ({error!r})") from error
     listed: dict[str, Clip] = {}
-    for table in tables:
+    for table in (path for path in tables if path.endswith("_segments.csv")):
         kind = next((k for k in ("unbalanced", "balanced", "eval") if k in os.path.basename(table)), "")
-        if table.endswith("_segments.csv") and kind and (kind == "eval" or split in (kind, "all")):
-            read_segments(table, "eval" if kind == "eval" else "train", index_of, listed, skipped)
+        if kind and (kind == "eval" or split in (kind, "all")):
+            for place, clip in read_segments(table, "eval" if kind == "eval" else "train", index_of):
+                if listed.setdefault(clip.id, clip) is not clip:
+                    skipped.append((f"{clip.id} ({place})", "listed twice; the first row counts"))
     def owners(name: str) -> list[str]:                       # bare id first: ids may begin with any of the prefixes
-        starts = [name[len(prefix):len(prefix) + 11] for prefix in ("", "Y", "v_", "id_", "v") if name.startswith(prefix)]
+        starts = [name.removeprefix(prefix)[:11] for prefix in ("", "Y", "v_", "id_", "v")]
         return [ytid for ytid in starts if ytid in listed][:1]
     return match_files(listed, owners, root, skipped), classes
 
-def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
+def read_ucf101(root: str | Path, fold: int = 1,
                 skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """UCF-101: `UCF-101/<Class>/*.avi` and `ucfTrainTestlist/` -> clips and names of the 51 classes that have sound.
 
     fold  1, 2 or 3.  skipped  if given, gets (path, reason) of every listed clip left out.
     Names are compared without case: UCF-101 itself writes HandstandPushups/v_HandStandPushups_*. Raises InputError.
     """
-    with_sound = set("""applyeyemakeup applylipstick archery babycrawling balancebeam bandmarching basketballdunk blowdryhair
+    with_sound = """applyeyemakeup applylipstick archery babycrawling balancebeam bandmarching basketballdunk blowdryhair
         blowingcandles bodyweightsquats bowling boxingpunchingbag boxingspeedbag brushingteeth cliffdiving cricketbowling
-        cricketshot cuttinginkitchen fieldhockeypenalty floorgymnastics frisbeecatch frontcrawl haircut hammerthrow hammering
-        handstandpushups handstandwalking headmassage icedancing knitting longjump moppingfloor parallelbars playingcello
-        playingdaf playingdhol playingflute playingsitar rafting shavingbeard shotput skydiving soccerpenalty stillrings
-        sumowrestling surfing tabletennisshot typing unevenbars wallpushups writingonboard""".split())
+        cricketshot cuttinginkitchen fieldhockeypenalty floorgymnastics frisbeecatch frontcrawl haircut hammerthrow
+        hammering handstandpushups handstandwalking headmassage icedancing knitting longjump moppingfloor parallelbars
+        playingcello playingdaf playingdhol playingflute playingsitar rafting shavingbeard shotput skydiving soccerpenalty
+        stillrings sumowrestling surfing tabletennisshot typing unevenbars wallpushups writingonboard""".split()
     skipped = [] if skipped is None else skipped
     folders = {p.name.lower(): p for p in Path(root).iterdir() if p.is_dir()}
     lists = folders.get("ucftraintestlist", Path(root) / "ucfTrainTestlist")
@@ -692,7 +693,7 @@ def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
         names, train, evaluation = ((lists / name).read_text("utf-8-sig").splitlines() for name in
                                     ("classInd.txt", f"trainlist0{fold}.txt", f"testlist0{fold}.txt"))
     except OSError as error:
-        raise InputError(f"{error.filename} is missing; it is part of UCF-101's train/test lists (--fold 1, 2 or 3)") from None
+        raise InputError(f"{error.filename} is missing; UCF-101's train/test lists have it (--fold 1, 2 or 3)") from None
     classes = sorted(line.split()[-1] for line in names if line.strip() and line.split()[-1].lower() in with_sound)
     index_of, listed = {name.lower(): i for i, name in enumerate(classes)}, {}
     for part, lines in (("train", train), ("eval", evaluation)):
@@ -703,23 +704,22 @@ def read_ucf101(root: str | os.PathLike[str], fold: int = 1,
             else:
                 skipped.append((entry, "its class is not among the 51 that have sound, or not in classInd.txt"))
     def owners(name: str) -> list[str]:
-        stem = os.path.splitext(name)[0].lower()
+        stem = Path(name).stem.lower()
         return [stem] if stem in listed and not is_sound_only(name) else []
     return match_files(listed, owners, folders.get("ucf-101", Path(root)), skipped), classes
 
-def annotation_file(root: str | os.PathLike[str]) -> str | None:
+def annotation_file(root: str | Path) -> str | None:
     """The JSON that `read_annotations` reads."""
-    return next((path for path in walk_files(root) if (name := os.path.basename(path)) == "annotation.json"
-                 or (name.startswith("activity_net") and name.endswith(".json"))), None)
+    names = ("annotation.json", "activity_net")
+    return next((path for path in walk_files(root, ".json") if os.path.basename(path).startswith(names)), None)
 
-def read_annotations(root: str | os.PathLike[str],
-                     skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
-    """ActivityNet's `activity_net*.json` with `v_<id>.*` videos, or the authors' `annotation.json` with `<id>.hdf5` frames.
+def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
+    """ActivityNet's `activity_net*.json` with `v_<id>.*` videos, or the authors' `annotation.json` with `<id>.hdf5`.
 
     Each annotated segment is a clip (authors); its file is `<clip id>.*`, cut already, or the whole video `v_<id>.*`.
     Class order is that of the file's `labels`, else alphabetical. Raises InputError.
     """
-    skipped, path = [] if skipped is None else skipped, annotation_file(root)
+    path = annotation_file(root)
     listed: dict[str, Clip] = {}
     segments: dict[str, list[str]] = {}                                         # whole video: its clips
     try:
@@ -735,42 +735,38 @@ def read_annotations(root: str | os.PathLike[str],
                 listed[name.lower()] = Clip(name, (index_of[note["label"]],), part, None, None, start, end)
                 segments.setdefault(name.lower().rpartition("_")[0], []).append(name.lower())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: expected `database` of id: subset, label, segment or annotations ({error!r})") from error
+        raise InputError(f"{path}: expected `database` of id: subset, label, segment, annotations ({error!r})") from error
     def owners(name: str) -> list[str]:
         stem = os.path.splitext(name)[0].lower()
         return [stem] if stem in listed else segments.get(stem, segments.get(f"v_{stem}", []))
     return match_files(listed, owners, root, skipped), classes
 
-def read_vggsound(root: str | os.PathLike[str],
-                  skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
-    """VGGSound: `vggsound.csv` (id, start, label, split) or `train.csv` and `test.csv` (file, label), `<id>_<start:06d>.*`.
+def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
+    """VGGSound: `vggsound.csv` (id, start, label, split) or `train.csv` and `test.csv` (file, label); clips of 10 s.
 
-    A clip lasts 10 s. Other downloaders' `v<id>_<start>_...` is found too. Raises InputError naming file and line.
+    Files are `<id>_<start:06d>.*` or other downloaders' `v<id>_<start>_...`. Raises InputError naming file and line.
     """
-    skipped, rows = [] if skipped is None else skipped, {}
-    tables = {os.path.basename(path): path for path in walk_files(root) if path.endswith(".csv")}
-    for table in [tables[n] for n in (["vggsound.csv"] if "vggsound.csv" in tables else ["train.csv", "test.csv"]) if n in tables]:
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
-                try:
-                    if len(row) == 2:
-                        row = [row[0][:11], os.path.splitext(row[0])[0][12:], row[1], Path(table).stem]
-                    ytid, start, label, split = row
-                    rows[f"{ytid}_{int(start):06d}"] = (label, {"train": "train", "test": "eval"}[split], float(start))
-                except (ValueError, KeyError):
-                    raise InputError(f"{table}:{number}: expected id, start in seconds, label, train or test; got {row!r}; "
-                                     "mend or remove the line") from None
+    tables, rows = {os.path.basename(path): path for path in walk_files(root, ".csv")}, {}
+    names = ["vggsound.csv"] if "vggsound.csv" in tables else [n for n in ("train.csv", "test.csv") if n in tables]
+    for name in names:
+        for place, row in read_rows(tables[name]):
+            try:
+                if len(row) == 2:
+                    row = [row[0][:11], os.path.splitext(row[0])[0][12:], row[1], Path(name).stem]
+                ytid, start, label, split = row
+                rows[f"{ytid}_{int(start):06d}"] = (label, {"train": "train", "test": "eval"}[split], float(start))
+            except (ValueError, KeyError):
+                raise InputError(f"{place}: expected id, start in seconds, label, train or test; got {row!r}; "
+                                 "mend or remove the line") from None
     classes = sorted({label for label, _, _ in rows.values()})
-    index_of = {label: i for i, label in enumerate(classes)}
-    listed = {key: Clip(key, (index_of[label],), part, None, None, start, start + 10)
+    listed = {key: Clip(key, (classes.index(label),), part, None, None, start, start + 10)
               for key, (label, part, start) in rows.items()}
     def owners(name: str) -> list[str]:
         keys = [f"{n[:11]}_{os.path.splitext(n[12:])[0].split('_')[0].zfill(6)}" for n in (name, name.removeprefix("v"))]
         return [key for key in keys if key in listed][:1]
     return match_files(listed, owners, root, skipped), classes
 
-def read_folder(root: str | os.PathLike[str],
-                skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
+def read_folder(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """A folder of folders: `train/<label>/*` and `val/<label>/*`, one label a clip -> clips and sorted class names."""
     skipped = [] if skipped is None else skipped
     found: list[tuple[str, str, str]] = []                                       # (split, label, path)
@@ -793,21 +789,21 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
 
     The file may be the whole video or already cut: cut where its duration is nearer to the segment's than to its end.
     """
-    path, start, end = clip.audio if kind == "audio" else clip.video, clip.start, clip.end
+    path, start, end = getattr(clip, kind), clip.start, clip.end
     if path is None:
         raise InputError(f"{clip.id}: no file with a {kind} stream")
     if path.endswith(".hdf5"):
         return decode_hdf5(path, size)
     if start > 0 and end is not None:
-        with open_media(path) as container:
-            duration = (container.duration or 0) / av.time_base
+        with open_media(path, kind) as stream:
+            duration = (stream.container.duration or 0) / av.time_base
         if 0 < duration <= end - start + 0.5 or (0 < duration < end and duration + start < 2 * end - duration):
             start, end = 0.0, end - start
     return decode_audio(path, start, end) if kind == "audio" else decode_video(path, start, end, fps, size)
 
 # ============================================== 6. Demo data (made from the seed; no files)
 def demo_clips(tags: bool, train: int = 480, evaluation: int = 240) -> tuple[list[Clip], list[str]]:
-    """One-second clips of ten events, five kinds (shape, pitch) in two ways (motion, glide); with `tags` 40 % hold two."""
+    """One-second clips of ten events, five kinds (shape, pitch) in two ways (motion, glide); `tags`: 40 % hold two."""
     kinds, ways = ("disc", "ring", "square", "cross", "bar"), ("sideways and falling", "upright and rising")
     rng, clips = np.random.default_rng(0), []
     for i in range(train + evaluation):
@@ -891,8 +887,7 @@ class ClipStore(Dataset[Any]):
     folder   may be shared by runs and processes: a file is renamed into place and named after all that it depends on
     load     (clip, kind) -> samples or frames;   depends: per kind, what the result depends on besides clip and file
     """
-    def __init__(self, folder: Path, clips: list[Clip], load: Callable[[Clip, str], Tensor],
-                 depends: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, clips: list[Clip], load: Callable[[Clip, str], Tensor], depends: Any) -> None:
         self.clips, self.load, self.files = clips, load, {"audio": [], "video": []}
         for clip in clips:
             for kind, path in (("audio", clip.audio), ("video", clip.video)):
@@ -905,11 +900,9 @@ class ClipStore(Dataset[Any]):
         """(samples (n,) int16,) or (JPEG bytes, end of each frame in them (T,)). InputError: clip i cannot be decoded."""
         file = Path(self.files[kind][i])
         if not file.exists():
-            content: Any
             try:
-                decoded = self.load(self.clips[i], kind)
-                pcm = ((decoded.clamp(-1, 1) * 32767).round().to(torch.int16),) if kind == "audio" else None
-                content = pcm or pack_frames(decoded)
+                content: Any = self.load(self.clips[i], kind)
+                content = ((content.clamp(-1, 1) * 32767).round().short(),) if kind == "audio" else pack_frames(content)
             except Exception as error:                                  # whatever it is, the clip cannot be used
                 content = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -929,7 +922,7 @@ class ClipStore(Dataset[Any]):
     def decode(self, jobs: list[tuple[int, Sequence[str]]], workers: int,
                progress: Callable[[int, int], None]) -> list[tuple[int, int, str]]:
         """The result of every job, in order, done by `workers` processes."""
-        done: list[tuple[int, int, str]] = []
+        done = []
         for result in DataLoader(self, sampler=jobs, batch_size=None, num_workers=workers):  # type: ignore[arg-type]
             done.append(result)
             progress(len(done), len(jobs))
@@ -938,9 +931,8 @@ class ClipStore(Dataset[Any]):
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
     """Frame indices of up to `count` even windows of `size` out of n; stops at the first short one, looped. Authors."""
     stride = max(1, math.ceil((n - 1 - size) / max(count - 1, 1)))
-    windows = sliding_windows(n, size, stride)
-    short = next((i for i in range(len(windows)) if n - i * stride < size), count)
-    return windows[:min(short + 1, count)]
+    full = max((n - size) // stride + 1, 0)
+    return sliding_windows(n, size, stride)[:min(full + 1, count)]
 
 def sliding_windows(n: int, size: int = 16, stride: int = 16) -> list[list[int]]:
     """Frame indices of consecutive windows of `size` out of n frames; a last short one is looped. Authors."""
@@ -957,7 +949,7 @@ class ViewSpec(NamedTuple):
     strong: bool = False         # all views grey, training views also inverted and rotated at random (ours)
 
 class Views(Dataset[Any]):
-    """Item (clip, seed): its views (n, ...), their boxes (n, 4) for `Prepare`; in training also label and teacher embedding.
+    """Item (clip, seed): its views (n, ...), boxes (n, 4) for `Prepare`; in training also label and teacher embedding.
 
     protocol  "train": one view at random; "val": 3 even windows (authors, while training); "test": consecutive windows
               (authors, at the end); sound has consecutive windows in both. Whatever worker draws it, the seed decides.
@@ -990,18 +982,18 @@ class Views(Dataset[Any]):
             starts = range(0, max(n - size // 2, 1), size)
             windows = torch.stack([stream[0][start + torch.arange(size) % min(size, n - start)] for start in starts])
             return windows, torch.zeros(len(windows), 4)
-        indices = even_windows(n, size) if self.protocol == "val" else sliding_windows(n, size, size)
-        windows = torch.stack([self.recolor(unpack_frames(*stream, window)) for window in indices])
+        choose = even_windows if self.protocol == "val" else partial(sliding_windows, stride=size)
+        windows = torch.stack([self.recolor(unpack_frames(*stream, window)) for window in choose(n, size)])
         height, width = windows.shape[-2:]
         x, y = max(width - height, 0) / 2, max(height - width, 0) / 2   # the square in the middle
         return windows, torch.tensor([[x, y, width - x, height - y]]).expand(len(windows), 4)
 
 def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    """Batch of items of `Views`: views and boxes of all, number of views of each, the rest stacked; small frames grow at their edges."""
+    """Views and boxes of all items of `Views`, number of views of each, the rest stacked; small frames' edges grow."""
     views, boxes, *rest = zip(*items)
     if views[0].ndim == 5:
-        rows, columns = (torch.arange(max(view.shape[axis] for view in views)) for axis in (-2, -1))
-        views = [view[..., rows.clamp(max=view.shape[-2] - 1)[:, None], columns.clamp(max=view.shape[-1] - 1)] for view in views]
+        rows, columns = (torch.arange(max(v.shape[axis] for v in views)) for axis in (-2, -1))
+        views = [v[..., rows.clamp(max=v.shape[-2] - 1)[:, None], columns.clamp(max=v.shape[-1] - 1)] for v in views]
     return torch.cat([*views]), torch.cat(boxes), [len(view) for view in views], *(torch.stack(part) for part in rest)
 
 class EpochBatches(Sampler[Any]):
@@ -1032,43 +1024,33 @@ class Data(NamedTuple):
                teacher: Tensor | None = None) -> Any:
         """Shuffled batches of training views, or the windows of each clip in order."""
         views = Views(self.store, spec, protocol, self.labels, teacher)
-        options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": torch.cuda.is_available(),
-                   "collate_fn": join_views}
-        if protocol == "train":
-            return DataLoader(views, batch_sampler=EpochBatches(clips, batch_size, seed), **options)
-        keys = [[(i, 0) for i in clips[b:b + batch_size]] for b in range(0, len(clips), batch_size)]
-        return DataLoader(views, batch_sampler=keys, **options)
+        batches: Any = EpochBatches(clips, batch_size, seed) if protocol == "train" else [
+            [(i, 0) for i in clips[b:b + batch_size]] for b in range(0, len(clips), batch_size)]
+        return DataLoader(views, batch_sampler=batches, collate_fn=join_views, num_workers=workers,
+                          persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 # ============================================== 8. Metrics (fractions in 0..1)
 def ranked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Each class by falling score: hits 0/1 float64, 1-based ranks of the first and the last item of each tie; (N, C)."""
+    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
     order = scores.argsort(0, descending=True)
-    values, hits = scores.gather(0, order), labels.double().gather(0, order)
-    n = len(scores)
-    rank = torch.arange(1, n + 1, device=scores.device)[:, None].expand_as(values)
-    change = F.pad((values[1:] != values[:-1]), (0, 0, 1, 1), value=True)              # (N + 1, C) a new value begins
-    first = torch.where(change[:-1], rank, 0).cummax(0).values
-    last = torch.where(change[1:], rank, n).flip(0).cummin(0).values.flip(0)
-    return hits, first, last
+    rising = -scores.gather(0, order).T.contiguous()                                   # (C, N)
+    first, last = (torch.searchsorted(rising, rising, right=right).T for right in (False, True))
+    return labels.double().gather(0, order), first + 1, last
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Macro mAP: scores (N, C), labels (N, C) 0/1 -> mean over the classes with a positive; ties as in scikit-learn.
-
-    Raises ValueError where no class has a positive.
-    """
-    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
+    """Macro mAP: scores, labels 0/1 (N, C) -> mean over classes with a positive, ValueError if none; ties as sklearn."""
     hits, _, last = ranked(scores, labels)
     totals, found = hits.sum(0), hits.cumsum(0).gather(0, last - 1)
-    if not bool((totals > 0).any()):
-        raise ValueError(f"mAP needs a positive; none of {labels.shape[1]} classes has one in {len(labels)} clips")
+    if not totals.any():
+        raise ValueError(f"mAP needs a positive; none of {hits.shape[1]} classes has one in {len(hits)} clips")
     precision = (hits * found / last).sum(0) / totals.clamp_min(1)
     return float(precision[totals > 0].mean())
 
 def mean_auc(scores: Tensor, labels: Tensor) -> float:
-    """Macro area under the ROC curve: scores, labels (N, C) -> mean over classes with both kinds of label; nan if none."""
-    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
+    """Macro area under the ROC curve: scores, labels (N, C) -> mean over classes with both labels; nan if none."""
     hits, first, last = ranked(scores, labels)
-    n, positives = len(scores), hits.sum(0)
+    n, positives = len(hits), hits.sum(0)
     negatives = n - positives
     ordered = (hits * (n - (first + last) / 2)).sum(0) - positives * (positives - 1) / 2    # positives above negatives
     return float((ordered / (positives * negatives))[(positives > 0) & (negatives > 0)].mean())
@@ -1096,11 +1078,9 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor, ga
         precisions.append(precision.sum(1) / hits.sum(1).clamp_min(1))
         cut = hits[:, :topk].sum(1)
         released.append((precision[:, :topk].sum(1) / cut)[cut > 0])
-    first_hit = torch.cat(first_hits)
-    result = {f"R@{k}": float((first_hit < k).double().mean()) for k in ks}
-    shown = torch.cat(released)
-    result["mAP"] = float(torch.cat(precisions).mean())
-    return {**result, "mAP_released": float(shown.mean()) if len(shown) else 0.0}
+    first_hit, shown = torch.cat(first_hits), torch.cat(released)
+    return {**{f"R@{k}": float((first_hit < k).double().mean()) for k in ks}, "mAP": float(torch.cat(precisions).mean()),
+            "mAP_released": float(shown.mean()) if len(shown) else 0.0}
 
 def score(task: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
     """A task's metrics from probabilities (N, C). d' = sqrt(2) * probit(mean AUC), the AUC kept 1e-9 off 0 and 1."""
@@ -1122,22 +1102,20 @@ class Job(NamedTuple):
     spec: ViewSpec               # views of the student's modality or, while a teacher is made, of the teacher's
     console: Console
 
-    def loader(self, clips: Sequence[int], protocol: str, **more: Any) -> Any:
-        """`Data.loader` with the run's batch size and workers."""
-        return self.data.loader(clips, self.spec, protocol, self.settings["batch_size"], self.settings["workers"], **more)
-
 @torch.no_grad()
 def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = "test",
             label: str = "evaluation") -> tuple[Tensor, Tensor]:
     """Window-averaged probabilities (N, C) and embeddings (N, D) of clips, on the CPU; the network's mode is restored."""
-    device, training, progress = next(network.parameters()).device, network.training, job.console.progress(label)
-    prepare, loader, scores, pooled = Prepare(job.spec.size).to(device), job.loader(clips, protocol), [], []
+    settings, data, spec, console = job
+    device, training, progress = next(network.parameters()).device, network.training, console.progress(label)
+    loader = data.loader(clips, spec, protocol, settings["batch_size"], settings["workers"])
+    prepare, scores, pooled = Prepare(spec.size).to(device), [], []
     network.eval()
     for step, (windows, boxes, counts) in enumerate(loader, 1):
         parts = [network(prepare(views.to(device), box.to(device)))                                 # long clips have many
                  for views, box in zip(windows.split(64), boxes.split(64))]
         logits = torch.cat([part.logits for part in parts]).float()
-        probabilities = logits.sigmoid() if job.data.labels.ndim == 2 else logits.softmax(1)
+        probabilities = logits.sigmoid() if data.labels.ndim == 2 else logits.softmax(1)
         scores += [p.mean(0).cpu() for p in probabilities.split(counts)]
         pooled += [p.mean(0).cpu() for p in torch.cat([part.pooled for part in parts]).float().split(counts)]
         progress(step, len(loader))
@@ -1169,7 +1147,7 @@ def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | No
     device, settings, history, terms = prepare.mean.device, job.settings, [], {}
     for step, (views, boxes, _, *rest) in enumerate(loader, 1):
         views, boxes, labels, embedding = (x.to(device, non_blocking=True) for x in (views, boxes, *rest))
-        terms = train_step(networks[0], networks[1], optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"],
+        terms = train_step(*networks, optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"],
                            settings["margin"], settings["sparsity"], calibrate)
         history.append(torch.stack([*terms.values()]))
         progress(step)
@@ -1179,18 +1157,17 @@ def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | No
         step = next((i for i, row in enumerate(values) if not row.isfinite().all()), len(values) - 1)
         ids = [job.data.store.clips[i].id for i, _ in [*loader.batch_sampler][step]]
         raise InputError(f"loss or gradient is not finite in step {step + 1} of epoch {loader.batch_sampler.epoch}: "
-                         f"{dict(zip(terms, values[step].tolist()))}; clips {', '.join(ids)}; lower --lr. Checkpoints are as before")
+                         f"{dict(zip(terms, values[step].tolist()))}; clips {', '.join(ids)}; lower --lr")
     return dict(zip(terms, values.mean(0).tolist()))
 
 def take_up(out: Path, about: dict[str, Any], own: bool) -> dict[str, Any]:
-    """What last.pt holds; with `own` settings, InputError if one differs that must not. The log is cut where it was saved."""
+    """What last.pt holds; with `own` settings, InputError if one differs that must not. The log is cut to its epoch."""
     saved = load_checkpoint(out / "last.pt")
     pairs = {key: (saved[key], about[key]) for key in ("method", "seed", "classes", "network")}
-    pairs.update({key: (saved["settings"].get(key), value) for key, value in about["settings"].items() if key not in RUN_OPTIONS})
+    pairs |= {key: (saved["settings"].get(key), new) for key, new in about["settings"].items() if key not in RUN_OPTIONS}
     for key, (old, new) in pairs.items():
         if own and old != new:
-            raise InputError(f"--resume: {key} was {old!r} in {out / 'last.pt'} and is {new!r} now; pass the old value "
-                             "or another --out")
+            raise InputError(f"--resume: {key} was {old!r} in {out}/last.pt and is {new!r} now; keep it or change --out")
     rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
     (out / "log.jsonl").write_text("".join(row for row in rows if json.loads(row)["epoch"] <= saved["epoch"]))
     return saved
@@ -1201,16 +1178,18 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
     An epoch's order, views and SpecAugment depend on seed and epoch alone, so a run can be taken up after any of them.
     """
     settings, data, spec, console = job
-    task, epochs, device, begun, first, best = settings["task"], settings["epochs"], settings["device"], time.time(), 1, -1.0
+    task, epochs, device = settings["task"], settings["epochs"], settings["device"]
+    begun, first, best = time.time(), 1, -1.0
     torch.manual_seed(seed)
     sizes = {"kind": spec.kind, "num_classes": len(data.classes), "width": settings["width"]}
     network, helper = make_network(**sizes).to(device), make_distiller(job, method, teacher)
     helper = helper.to(device) if helper is not None else None
     filter_lr = 0.2 if isinstance(helper, ModalityNoiseFilter) else 1.0
     optimizer = make_optimizer(network, helper, settings["lr"], settings["weight_decay"], filter_lr)
-    rates, prepare = [group["lr"] for group in optimizer.param_groups], Prepare(spec.size, settings["spec_augment"]).to(device)
-    about = {"task": task, "method": method, "seed": seed, "classes": data.classes, "network": sizes, "settings": settings,
-             "versions": {"xmkd": __version__, "torch": str(torch.__version__), "av": av.__version__}}
+    rates = [group["lr"] for group in optimizer.param_groups]
+    prepare = Prepare(spec.size, settings["spec_augment"]).to(device)
+    about = {"task": task, "method": method, "seed": seed, "classes": data.classes, "network": sizes,
+             "settings": settings, "versions": dict(xmkd=__version__, torch=str(torch.__version__), av=av.__version__)}
     name = method if spec.kind == STUDENT_KIND[task] else "teacher"                         # a teacher's folder is keyed
     out.mkdir(parents=True, exist_ok=True)
     if settings["resume"] and (out / "last.pt").exists():
@@ -1223,7 +1202,7 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
     else:
         (out / "log.jsonl").write_text("")
     save(out / "config.json", about)
-    loader = job.loader(data.train, "train", seed=seed, teacher=teacher)
+    loader = data.loader(data.train, spec, "train", settings["batch_size"], settings["workers"], seed, teacher)
     show, steps = console.progress(f"{name} ({spec.kind}), seed {seed}"), len(loader)
     for epoch in range(first, epochs + 1):
         for group, rate in zip(optimizer.param_groups, rates):
@@ -1249,15 +1228,13 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
 
 def train_student(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> dict[str, Any]:
     """Trains, then evaluates the last and the best epoch by the task's final protocol -> results."""
-    begun, finals, settings = time.time(), {}, job.settings
+    begun, settings = time.time(), job.settings
     network = fit(job, method, seed, teacher, out)
-    for name in ("last", "best"):
-        saved = load_checkpoint(out / f"{name}.pt")
-        network.load_state_dict(saved["student"])
-        finals[name] = final_metrics(job, network)
-    return {"task": settings["task"], "data": settings["data"], "method": method, "seed": seed, "metrics": finals["best"],
-            "epoch": saved["epoch"], "metrics_last": finals["last"], "seconds": round(time.time() - begun, 1),
-            "clips": {"train": len(job.data.train), "eval": len(job.data.eval)}}
+    last, saved = final_metrics(job, network), load_checkpoint(out / "best.pt")
+    network.load_state_dict(saved["student"])
+    return {"task": settings["task"], "data": settings["data"], "method": method, "seed": seed,
+            "metrics": final_metrics(job, network), "epoch": saved["epoch"], "metrics_last": last,
+            "seconds": round(time.time() - begun, 1), "clips": {"train": len(job.data.train), "eval": len(job.data.eval)}}
 
 # ============================================== 10. Teacher
 class KineticsTeacher(nn.Module):
@@ -1266,77 +1243,71 @@ class KineticsTeacher(nn.Module):
         super().__init__()
         self.net = r2plus1d_18(weights=R2Plus1D_18_Weights.KINETICS400_V1, progress=progress)
         self.fc, self.net.fc = self.net.fc, nn.Identity()
-        mean, std, kinetics_mean, kinetics_std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225],
-                                                               [0.43216, 0.394666, 0.37645], [0.22803, 0.22145, 0.216989]])
-        self.register_buffer("scale", (std / kinetics_std).view(3, 1, 1, 1))
-        self.register_buffer("shift", ((mean - kinetics_mean) / kinetics_std).view(3, 1, 1, 1))
+        ours, theirs = Prepare(), R2Plus1D_18_Weights.KINETICS400_V1.transforms()
+        mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (theirs.mean, theirs.std))
+        self.register_buffer("scale", ours.std / std)
+        self.register_buffer("shift", (ours.mean - mean) / std)
 
     def forward(self, frames: Tensor) -> Features:
         """The logits are those of Kinetics-400."""
         pooled = self.net(frames * self.scale + self.shift)
         return Features(pooled[:, None], pooled, self.fc(pooled))
 
-def load_teacher(job: Job, choice: str) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a checkpoint, and what it is. InputError if it is one for the student's modality."""
-    saved = load_checkpoint(choice)
-    if saved["network"]["kind"] != job.spec.kind:
-        raise InputError(f"--teacher {choice} is a network for {saved['network']['kind']}; --task {job.settings['task']} needs one for "
-                         f"{job.spec.kind}")
-    network = make_network(**saved["network"])
+def restore(job: Job, option: str, saved: dict[str, Any]) -> nn.Module:
+    """The network of the checkpoint that `option` names. InputError if it is one for the other modality."""
+    settings, kind = job.settings, saved["network"]["kind"]
+    if kind != job.spec.kind:
+        raise InputError(f"--{option} {settings[option]} is a network for {kind}; --task {settings['task']} needs one "
+                         f"for {job.spec.kind}")
+    network = make_network(**saved["network"]).to(settings["device"])
     network.load_state_dict(saved["student"])
-    return network, {"kind": f"checkpoint {choice}", "same_classes": saved["classes"] == job.data.classes}
+    return network
 
 def train_teacher(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A network trained from scratch, with augmentation, on nine tenths of the training clips, and its scores.
+    """A network trained from scratch on nine tenths of the training clips, and its scores.
 
-    The epoch that does best on the held-out tenth is kept: a network that has memorised its clips embeds their labels, not
-    the clips.
+    The epoch best on the held-out tenth is kept: a network that has memorised its clips embeds their labels, not them.
     """
     task, seed, train = job.settings["task"], job.settings["seed"], job.data.train
     order = [train[i] for i in torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
     held, seen = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
     own = {**job.settings, "task": "audio_tagging" if task == "audio_tagging" else "action_recognition", "resume": True,
            "epochs": job.settings["teacher_epochs"], "eval_every": 1}
-    network = fit(job._replace(settings=own, data=job.data._replace(train=seen, eval=held)), "student", seed, None, folder)
+    job = job._replace(settings=own, data=job.data._replace(train=seen, eval=held))
+    network = fit(job, "student", seed, None, folder)
     saved, metric = load_checkpoint(folder / "best.pt"), CHECK_METRIC[task]
     network.load_state_dict(saved["student"])
-    known = final_metrics(job._replace(settings=own, data=job.data._replace(eval=seen[:len(held)])), network)
-    job.console.say(f"teacher {metric} {saved['metrics'][metric]:.3f} on {len(held)} training clips that it has not seen, "
-                    f"{known[metric]:.3f} on as many that it has; epoch {saved['epoch']} of {own['epochs']}")
-    return network, {"kind": "from scratch", "same_classes": True, "epoch": saved["epoch"], "held_out": saved["metrics"],
-                     "trained_on": known}
+    known = final_metrics(job._replace(data=job.data._replace(eval=seen[:len(held)])), network)
+    job.console.say(f"teacher {metric} {saved['metrics'][metric]:.3f} on {len(held)} training clips that it has not "
+                    f"seen, {known[metric]:.3f} on as many that it has; epoch {saved['epoch']} of {own['epochs']}")
+    return network, {"kind": "from scratch", "epoch": saved["epoch"], "held_out": saved["metrics"], "trained_on": known}
 
-def find_features(folder: str | os.PathLike[str], clips: Sequence[Clip]) -> dict[str, str]:
-    """Path of `<clip id>.npy` anywhere under `folder`, by clip id; without case, and by the id's last part where that is unique."""
-    paths = sorted(path for path in walk_files(folder) if path.endswith(".npy"))
+def find_features(folder: str | Path, clips: Sequence[Clip]) -> dict[str, str]:
+    """Path of `<clip id>.npy` under `folder` by clip id; case does not count, nor folders where the name is unique."""
+    paths = sorted(walk_files(folder, ".npy"))
     named = {os.path.splitext(os.path.relpath(path, folder))[0].lower(): path for path in paths}
     stems = Counter(name.rpartition("/")[2] for name in named)
-    named.update({stem: path for name, path in [*named.items()] if stems[stem := name.rpartition("/")[2]] == 1})
+    named |= {stem: path for name, path in named.items() if stems[stem := name.rpartition("/")[2]] == 1}
     found = {clip.id: named.get(clip.id.lower()) or named.get(clip.id.lower().rpartition("/")[2]) for clip in clips}
     return {key: path for key, path in found.items() if path}
 
-def read_features(folder: str | os.PathLike[str], data: Data) -> Tensor:
-    """Teacher embeddings (D,) of the training clips from `find_features`: (N, D), zeros elsewhere. Raises InputError."""
+def read_features(folder: str | Path, data: Data) -> tuple[Tensor, dict[str, Any]]:
+    """Teacher embeddings of the training clips (n, D) from `find_features` and what they are. Raises InputError."""
     files, rows = find_features(folder, data.store.clips), []
-    for i in data.train:
-        path = files[data.store.clips[i].id]
+    for path in (files[data.store.clips[i].id] for i in data.train):
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)              # its shape is known before it is read
             if array.ndim != 1 or (rows and len(array) != len(rows[0])) or not np.isfinite(array).all():
-                raise ValueError(f"shape {array.shape}; expected ({len(rows[0]) if rows else 'D'},) finite numbers, one embedding a clip")
+                raise ValueError(f"{array.shape}; expected ({len(rows[0]) if rows else 'D'},) finite numbers a clip")
             rows.append(torch.from_numpy(array.astype(np.float32)))
         except (ValueError, TypeError, OSError, EOFError) as error:
             raise InputError(f"{path}: no embedding ({error}); pickled arrays are refused") from error
-    embeddings = torch.zeros(len(data.store.clips), len(rows[0]))
-    embeddings[data.train] = torch.stack(rows)
-    return embeddings
+    return torch.stack(rows), {"kind": f"embeddings {folder}"}
 
 def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Teacher embeddings of the training clips (N, D), zeros elsewhere, and what the teacher is; kept in `cache`."""
+    """Teacher embeddings of the training clips (n, D) and what the teacher is; kept in `cache`."""
     settings, data, spec, console = job
     choice, network = settings["teacher"], None
-    if "teacher_features" in settings:
-        return read_features(settings["teacher_features"], data), {"kind": f"embeddings {settings['teacher_features']}"}
     if choice == "auto" and settings["data"] != "demo":
         reason = "torchaudio has no pretrained tagging network"
         if spec.kind == "video":
@@ -1345,18 +1316,23 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
             except (OSError, RuntimeError) as error:                    # no network, or half a download
                 reason = f"torchvision's r2plus1d_18 cannot be had ({error})"
         if network is None:
-            console.warn(f"{reason}; the teacher is trained from scratch and weaker for it; --teacher FILE takes a better one")
+            console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
     own = choice not in ("auto", "scratch")
     source = hashlib.sha256(Path(choice).read_bytes()).hexdigest() if own else info if network else choice
-    needs = [settings[k] for k in ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")]
+    needs = [settings[name] for name in
+             ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")]
     files = [[data.store.files[spec.kind][i] for i in part] for part in (data.train, data.eval)]
-    folder = cache / f"teacher-{digest(source, spec, needs, files, [data.store.clips[i].labels for i in data.train], data.classes)}"
+    labels = [data.store.clips[i].labels for i in data.train]
+    folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes)}"
     if not (folder / "embeddings.pt").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        if network is None:
-            network, info = load_teacher(job, choice) if own else train_teacher(job, folder)
+        if own:
+            saved = load_checkpoint(choice)
+            network, info = restore(job, "teacher", saved), {"kind": f"checkpoint {choice}"}
+        elif network is None:
+            network, info = train_teacher(job, folder)
         network = network.to(settings["device"])
-        if info.pop("same_classes", False):                             # then it has a score on the evaluation clips
+        if "held_out" in info or own and saved["classes"] == data.classes:     # it has a score on the evaluation clips
             jobs = [(i, (spec.kind,)) for i in data.eval]
             shared = [i for i, n, _ in data.store.decode(jobs, settings["workers"], console.progress("decoding")) if n]
             scores = predict(job, network, shared)[0] if shared else None
@@ -1364,13 +1340,11 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
         pooled = predict(job, network, data.train, label="teacher embeddings")[1]
         save(folder / "embeddings.pt", {"pooled": pooled, "info": info})
     saved = torch.load(folder / "embeddings.pt", weights_only=True)
-    embeddings = torch.zeros(len(data.store.clips), saved["pooled"].shape[1])
-    embeddings[data.train] = saved["pooled"]
-    return embeddings, saved["info"]
+    return saved["pooled"], saved["info"]
 
 # ============================================== 11. Run support
 class Console:
-    """Lines for people. Progress rewrites one line on a terminal and is a line every 20 s elsewhere; `quiet` mutes both."""
+    """Lines for people. Progress rewrites one line on a terminal, is a line every 20 s elsewhere; `quiet` mutes both."""
     def __init__(self, quiet: bool = False) -> None:
         self.quiet, self.terminal, self.warnings = quiet, sys.stdout.isatty(), []
         self.clear = "\r\x1b[K" if self.terminal else ""
@@ -1393,8 +1367,8 @@ class Console:
             now = time.time()
             if not self.quiet and now - shown > (0.2 if self.terminal else 20):
                 shown, left = now, round((now - begun) / done * (total - done))
-                print(f"{self.clear}  {label}: {done:,} of {total:,} ({done / total:.0%}), {left // 60} min {left % 60:02} s "
-                      "left", end="" if self.terminal else "\n", flush=True)
+                print(f"{self.clear}  {label}: {done:,} of {total:,} ({done / total:.0%}), {left // 60} min "
+                      f"{left % 60:02} s left", end="" if self.terminal else "\n", flush=True)
         return show
 
 def save(path: Path, content: Any) -> None:
@@ -1408,22 +1382,24 @@ def save(path: Path, content: Any) -> None:
 
 def network_of(state: dict[str, Tensor]) -> dict[str, Any]:
     """The arguments of `make_network` that a state dict fits. KeyError if it is of another family."""
-    if "conv_block1.conv1.weight" in state:
-        return {"kind": "audio", "num_classes": len(state["fc_audioset.weight"]), "width": len(state["conv_block1.conv1.weight"]),
-                "stages": sum(f"conv_block{i}.conv1.weight" in state for i in range(1, 7)), "dim": len(state["fc1.weight"])}
+    stages = [state[key] for i in range(1, 7) if (key := f"conv_block{i}.conv1.weight") in state]
+    if stages:
+        return {"kind": "audio", "num_classes": len(state["fc_audioset.weight"]), "width": len(stages[0]),
+                "stages": len(stages), "dim": len(state["fc1.weight"])}
     blocks = [len({key.split(".")[2] for key in state if key.startswith(f"conv{i}.blocks.")}) + 1 for i in range(2, 6)]
     return {"kind": "video", "num_classes": len(state["cls.weight"]), "width": len(state["conv1.temporal_conv.weight"]),
             "blocks": blocks}
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint of this program, of the authors or of PANNs, on the CPU; no code in the file is run. Raises InputError.
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint of this program, the authors or PANNs, on the CPU; no code in the file is run. Raises InputError.
 
     Keys: `student` (state dict for VideoNet or AudioNet), `filter` (for ModalityNoiseFilter; empty without one),
     `network` (arguments of `make_network`), `task`, `method`, `seed`, `classes`, `settings`, `versions`, `epoch`; of
-    others' checkpoints `task` and `classes` are None. The authors' pickled schedulers are admitted by class, then dropped.
+    others' checkpoints `task` and `classes` are None. The authors' pickled schedulers are let in by class, then dropped.
     """
+    bases = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
     known = [value for module in (torch.optim, torch.optim.lr_scheduler) for value in vars(module).values()
-             if isinstance(value, type) and issubclass(value, (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler))]
+             if isinstance(value, type) and issubclass(value, bases)]
     try:
         plain = (lambda factory: OrderedDict(), "collections.defaultdict")     # the loader fills no defaultdict
         with torch.serialization.safe_globals([*known, Counter, dict, plain]):
@@ -1434,15 +1410,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if isinstance(content, dict) and {"student", "network", "classes"} <= content.keys():
         return content
     try:
-        front_end = ("spectrogram_extractor.", "logmel_extractor.")     # PANNs keeps the constants of its log-mel
-        student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in state.items()
-                                  if not key.replace("module.", "").startswith(front_end)}
-                                 for state in (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {})))
+        states = (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {}))
+        student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): state[key] for key in state
+                                  if "_extractor." not in key} for state in states)     # those of PANNs' log-mel
         return {"student": student, "filter": noise_filter, "network": network_of(student), "task": None, "classes": None,
                 "method": "xmkd" if noise_filter else "student", "seed": 3, "settings": {}, "versions": {},
                 "epoch": content.get("epoch", content.get("iteration", 0))}
     except (AttributeError, KeyError) as error:
-        raise InputError(f"{path} is no checkpoint of this program, of the paper's authors or of PANNs ({error!r})") from error
+        raise InputError(f"{path} is no checkpoint of this program, the paper's authors or PANNs ({error!r})") from error
 
 def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits that change when any of the parts does."""
@@ -1452,17 +1427,15 @@ def digest(*parts: Any) -> str:
 def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """An argparse type: a number from low to high."""
     def parse(text: str) -> Any:
-        try:
+        with suppress(ValueError):
             if low <= (value := kind(text)) <= high:
                 return value
-        except ValueError:
-            pass
         what = "a whole number" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"{text} is not {what} from {low:g} to {high:g}")
     return parse
 
 SHARE, COUNT, FLAG = number(float, 0, 1), number(int, 1, 10 ** 6), {"action": argparse.BooleanOptionalAction}
-OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default, type or choices or argparse settings, help
+OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default, type, choices or argparse settings, help
     "task and data": [
         ("task", "audio_tagging", list(STUDENT_KIND), "what the student learns"),
         ("data", "demo", str, "'demo' or a folder: AudioSet, UCF-101, ActivityNet, VGGSound, the authors' release, or "
@@ -1484,11 +1457,11 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
     "method": [
         ("method", None, METHODS, "xmkd (default): MNF + CSC; mnf: MNF with a constant temperature; csc: CSC on the "
          "unfiltered teacher; student: no teacher; kd, fitnet, crd, ccl: other distillation methods"),
-        ("compare", None, str, "methods to train from the same seeds and teacher embeddings, such as student,mnf,csc,xmkd, or "
+        ("compare", None, str, "methods to train from the same seeds and teacher, such as student,mnf,csc,xmkd, or "
          "'paper' for all (default on the demo: student,xmkd)"),
-        ("teacher", "auto", str, "auto: the public pretrained network where it can be had, else one from scratch; scratch; or "
-         "FILE, a checkpoint of the other modality, ours, the authors' or PANNs'"),
-        ("teacher-features", None, str, "folder with an embedding (D,) a clip, <clip id>.npy, instead of a teacher; any D"),
+        ("teacher", "auto", str, "auto: the public pretrained network where it can be had, else one from scratch; "
+         "scratch; or FILE, a checkpoint of the other modality, ours, the authors' or PANNs'"),
+        ("teacher-features", None, str, "folder with an embedding (D,) a clip, <clip id>.npy, in place of a teacher"),
         ("teacher-epochs", 60, COUNT, "epochs of a teacher from scratch (ours)"),
         ("csc-offset", 0.07, number(float, 1e-6, 10), "makes the temperature: similarity + offset (authors)"),
         ("margin", 0.2, number(float, 0, 2), "margin of the triplet term, cosine (authors)"),
@@ -1510,29 +1483,31 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
         ("workers", min(8, (os.cpu_count() or 2) // 2), number(int, 0, 256), "loader processes"),
         ("device", "auto", str, "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one"),
         ("quiet", False, {"action": "store_true"}, "print warnings and errors only")]}
-DEFAULTS = {name.replace("-", "_"): value for group in OPTIONS.values() for name, value, _, _ in group if value is not None}
+DEFAULTS = {name.replace("-", "_"): value for name, value, *_ in itertools.chain(*OPTIONS.values()) if value is not None}
 RECIPES: dict[str, dict[str, Any]] = {                                  # what a data set's own defaults change
     "audioset": {"epochs": 60},                                         # about the updates of UCF51's recipe (ours)
     "vggsound": {"epochs": 10},                                         # likewise
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},               # authors
     "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
              "crop_area": 0.7, "csc_offset": 0.3}}
-RUN_OPTIONS = {"out", "cache", "eval", "resume", "teacher_features", "workers", "device", "quiet", "compare", "method", "seeds",
-               "seed", "epochs", "max_skipped"}                         # what a checkpoint may differ in and be resumed
+RUN_OPTIONS = {"out", "cache", "eval", "resume", "teacher_features", "workers", "device", "quiet", "compare", "method",
+               "seeds", "seed", "epochs", "max_skipped"}                # what a checkpoint may differ in and be resumed
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options not given are absent: the checkpoint's or the data set's recipe fills them in."""
     def refuse(message: str) -> NoReturn:                               # one line instead of argparse's usage and error
         raise InputError(f"{message}; see python xmkd.py --help")
     parser = argparse.ArgumentParser(
-        prog="xmkd.py", argument_default=argparse.SUPPRESS, epilog="Exit codes: 0 done, 2 bad input, 130 interrupted, 143 terminated.",
-        description="Robust cross-modal knowledge distillation (arXiv 2304.07775): a noise-filtered teacher of one modality "
-        "trains a student of the other.")
+        prog="xmkd.py", argument_default=argparse.SUPPRESS,
+        description="Robust cross-modal knowledge distillation (arXiv 2304.07775): a noise-filtered teacher of one "
+        "modality trains a student of the other.",
+        epilog="Exit codes: 0 done, 2 bad input, 130 interrupted, 143 terminated.")
     parser.error = refuse  # type: ignore[method-assign]
     for title, options in OPTIONS.items():
         group = parser.add_argument_group(title)
         for name, default, kind, text in options:
-            others = [f"{recipe[key]} for {layout}" for layout, recipe in RECIPES.items() if (key := name.replace("-", "_")) in recipe]
+            key = name.replace("-", "_")
+            others = [f"{recipe[key]} for {layout}" for layout, recipe in RECIPES.items() if key in recipe]
             more = kind if isinstance(kind, dict) else {"type": kind} if callable(kind) else {"choices": kind}
             shown = f" (default: {', '.join([str(default), *others])})" if default is not None else ""
             group.add_argument(f"--{name}", help=text + shown, **more)
@@ -1549,60 +1524,61 @@ def find_layout(root: str) -> str:
         return "demo"
     if not os.path.isdir(root):
         raise InputError(f"--data {root} is not a folder; give one, or 'demo'")
-    inside, files = {name.lower() for name in os.listdir(root)}, {os.path.basename(path) for path in walk_files(root)}
-    if "ucftraintestlist" in inside:
-        return "ucf101"
-    if "class_labels_indices.csv" in files:
-        return "audioset"
-    if annotation := annotation_file(root):                             # the authors' UCF51 list has no segments
-        return "activitynet" if '"segment"' in Path(annotation).read_text(encoding="utf-8", errors="replace") else "annotation"
-    if "vggsound.csv" in files:
-        return "vggsound"
-    if {"train", "val"} & inside:
-        return "folder"
-    raise InputError(f"--data {root} has no known layout; looked for AudioSet (class_labels_indices.csv, *_segments.csv), "
-                     "UCF-101 (UCF-101/, ucfTrainTestlist/), ActivityNet (activity_net*.json), the authors' release "
-                     "(annotation.json), VGGSound (vggsound.csv) and a folder of folders (train/<label>/*, val/<label>/*)")
+    inside, files = {name.lower() for name in os.listdir(root)}, {*map(os.path.basename, walk_files(root))}
+    annotation = annotation_file(root)                                  # the authors' UCF51 list has no segments
+    segments = annotation and '"segment"' in Path(annotation).read_text(encoding="utf-8", errors="replace")
+    signs = {"ucf101": "ucftraintestlist" in inside, "audioset": "class_labels_indices.csv" in files,
+             "activitynet": segments, "annotation": annotation, "vggsound": "vggsound.csv" in files,
+             "folder": {"train", "val"} & inside}
+    if found := next((layout for layout, sign in signs.items() if sign), None):
+        return found
+    raise InputError(f"--data {root} has no known layout; looked for AudioSet (class_labels_indices.csv, *_segments.csv)"
+                     ", UCF-101 (UCF-101/, ucfTrainTestlist/), ActivityNet (activity_net*.json), the authors' release "
+                     "(annotation.json), VGGSound (vggsound.csv), a folder of folders (train/<label>/*, val/<label>/*)")
 
 def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, str]],
                console: Console) -> tuple[list[Clip], list[str], dict[str, tuple[str, ...]]]:
     """Indexes a data set and prints what was found -> usable clips, class names, streams needed by split."""
     root, task, evaluating = settings["data"], settings["task"], "eval" in settings
     if layout == "audioset" and task != "audio_tagging":
-        raise InputError(f"--task {task} needs one label a clip, and AudioSet's clips have several; use --task audio_tagging")
-    choice = {"audioset": {"split": settings["split"]}, "ucf101": {"fold": settings["fold"]}}.get(layout, {})
-    clips, classes = READERS[layout](root, **choice, skipped=skipped) if layout != "demo" else demo_clips(task == "audio_tagging")
+        raise InputError(f"--task {task} needs one label a clip, AudioSet's have several; use --task audio_tagging")
+    if layout == "demo":
+        clips, classes = demo_clips(task == "audio_tagging")
+    else:
+        choice = {"audioset": {"split": settings["split"]}, "ucf101": {"fold": settings["fold"]}}.get(layout, {})
+        clips, classes = READERS[layout](root, **choice, skipped=skipped)
     listed = len(clips) + sum(reason.startswith("missing") for _, reason in skipped)
     # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
-    features = None if evaluating or "teacher_features" not in settings else find_features(settings["teacher_features"], clips)
+    folder = None if evaluating else settings.get("teacher_features")
     both, alone = ("audio", "video"), (STUDENT_KIND[task],)
-    paired = layout == "ucf101" and features is None
-    needs = {"train": both if paired or not (evaluating or features is not None) else alone, "eval": both if paired else alone}
-    lacking = {clip: "missing: no file with the other stream" for clip in clips for kind in needs[clip.split]
-               if not (clip.audio if kind == "audio" else clip.video)}
-    if features is not None:
-        lacking.update({clip: f"missing: no <clip id>.npy under {settings['teacher_features']}" for clip in clips
-                        if clip.split == "train" and clip.id not in features})
-    skipped += [(clip.id if features is not None else clip.audio or clip.id, reason) for clip, reason in lacking.items()]
+    paired = layout == "ucf101" and not folder
+    needs = {"train": both if paired or not (evaluating or folder) else alone, "eval": both if paired else alone}
+    lacking = {clip: "missing: no file with the other stream" for clip in clips
+               if not all(getattr(clip, kind) for kind in needs[clip.split])}
+    if folder:
+        features = find_features(folder, clips)
+        lacking |= {clip: f"missing: no <clip id>.npy under {folder}" for clip in clips
+                    if clip.split == "train" and clip.id not in features}
+    skipped += [(clip.id if folder else clip.audio or clip.id, reason) for clip, reason in lacking.items()]
     parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
     clips = [clip for clip in clips if clip.split in parts and clip not in lacking]
     counts = {part: sum(clip.split == part for clip in clips) for part in parts}
     console.say(f"data    {root} ({layout}): {len(classes)} classes, {listed:,} clips listed; with all their files: "
                 + ", ".join(f"{count:,} for {part}" for part, count in counts.items()))
-    for part, count in counts.items():
-        if not count:
-            raise InputError(f"the {part} split of {root} is empty: no listed clip of it has its files")
+    if empty := [part for part in parts if not counts[part]]:
+        raise InputError(f"the {empty[0]} split of {root} is empty: no listed clip of it has its files")
     return clips, classes, needs
 
 def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, console: Console) -> Data:
-    """Indexes a data set, decodes it, writes skipped.csv; settings["seconds"] is fitted to the clips. Raises InputError."""
+    """Indexes a data set, decodes it, writes skipped.csv; fits settings["seconds"] to the clips. Raises InputError."""
     skipped: list[tuple[str, str]] = []
     clips, classes, needs = list_clips(layout, settings, skipped, console)
-    root, side = settings["data"], round(settings["size"] * 128 / 112)   # 112 is cropped from a shorter side of 128
+    side = round(settings["size"] * 128 / 112)                          # 112 is cropped from a shorter side of 128
     load: Any = partial(load_stream, fps=settings["fps"], size=side)
     depends: dict[str, Any] = {"audio": [], "video": [settings["fps"], side]}
     if layout == "demo":
-        dials = {"student": STUDENT_KIND[settings["task"]], "side": side, **{k: settings[k] for k in ("seed", "noise", "mismatch", "fps")}}
+        dials = {name: settings[name] for name in ("seed", "noise", "mismatch", "fps")}
+        dials |= {"student": STUDENT_KIND[settings["task"]], "side": side}
         load, depends = partial(demo_stream, **dials), {"audio": dials, "video": dials}
     store = ClipStore(cache, clips, load, depends)
     jobs = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
@@ -1613,23 +1589,23 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
         skipped.append((path or clips[i].audio or clips[i].id, reason.removeprefix(f"{path}: ")))
     with (out / "skipped.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "reason"), *skipped])
-    train, evaluation = ([i for i, c in enumerate(clips) if c.split == part and i not in bad] for part in ("train", "eval"))
-    console.say(f"        {len(train):,} training and {len(evaluation):,} evaluation clips; {len(bad):,} cannot be decoded; "
-                f"{len(skipped):,} left out in all, see {out / 'skipped.csv'}")
+    train, evaluation = ([i for i in range(len(clips)) if clips[i].split == part and i not in bad]
+                         for part in ("train", "eval"))
+    console.say(f"        {len(train):,} training and {len(evaluation):,} evaluation clips; {len(bad):,} cannot be "
+                f"decoded; {len(skipped):,} left out in all, see {out / 'skipped.csv'}")
     if len(bad) > settings["max_skipped"] * len(clips):
         raise InputError(f"{len(bad)} of {len(clips)} clips are unreadable, more than the share --max-skipped "
                          f"{settings['max_skipped']:g}; the first: {next(iter(bad.values()))}")
+    labels = torch.stack([F.one_hot(torch.tensor(clip.labels), len(classes)).sum(0) for clip in clips]).float()
     training = any(clip.split == "train" for clip in clips)
     if not evaluation or (training and len(train) < 2):
-        raise InputError(f"{len(train)} training and {len(evaluation)} evaluation clips of {root} can be read; it takes 2 and 1")
-    if without := sorted(set(range(len(classes))) - {label for i in train for label in clips[i].labels}) if training else []:
-        console.warn(f"{len(without)} of {len(classes)} classes have no training clip, such as {classes[without[0]]!r}")
+        raise InputError(f"{len(train)} training and {len(evaluation)} evaluation clips can be read; it takes 2 and 1")
+    without = [name for name, used in zip(classes, labels[train].any(0)) if not used]
+    if training and without:
+        console.warn(f"{len(without)} of {len(classes)} classes have no training clip, such as {without[0]!r}")
     longest = max((n for i, n, _ in done if needs[clips[i].split][0] == "audio"), default=0) / 32000
     if longest and "eval" not in settings:
         settings["seconds"] = min(settings["seconds"], max(longest, 0.4))
-    labels = torch.zeros(len(clips), len(classes))
-    for i, clip in enumerate(clips):
-        labels[i, list(clip.labels)] = 1.0
     return Data(store, classes, labels if settings["task"] == "audio_tagging" else labels.argmax(1), train, evaluation)
 
 def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> None:
@@ -1643,18 +1619,12 @@ def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> No
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         console.say(f"{method:10}" + "".join(f"{cell:>16}" for cell in cells))
 
-def exclude(given: dict[str, Any], first: str, *others: str) -> None:
-    """InputError if an option was given together with one that it excludes."""
-    for other in others:
-        if first in given and other in given:
-            names = [f"--{name.replace('_', '-')}" + (f" {given[name]}" if given[name] is not True else "") for name in (first, other)]
-            raise InputError(f"{names[0]} and {names[1]} exclude each other; give one")
-
 def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
     """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint of --eval."""
-    exclude(given, "method", "compare")
-    exclude(given, "teacher", "teacher_features")
-    exclude(given, "eval", "compare", "method", "resume", "teacher", "teacher_features")
+    training = ("compare", "method", "resume", "teacher", "teacher_features")
+    for first, other in [("method", "compare"), ("teacher", "teacher_features"), *(("eval", name) for name in training)]:
+        if first in given and other in given:
+            raise InputError(f"--{first} and --{other} exclude each other; give one".replace("_", "-"))
     if saved and saved["task"] is None:                                  # the authors' or PANNs'
         tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
         saved["task"] = given["task"] if given.get("task") in tasks else tasks[0]
@@ -1672,9 +1642,10 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {settings['device']} cannot be used: {str(error).splitlines()[0]}") from error
     default = "student,xmkd" if layout == "demo" and "method" not in given else given.get("method", "xmkd")
-    methods = given.get("compare", default).replace("paper", ",".join(METHODS)).split(",")
+    every = ",".join(METHODS)
+    methods = given.get("compare", default).replace("paper", every).split(",")
     if unknown := next((method for method in methods if method not in METHODS or methods.count(method) > 1), None):
-        raise InputError(f"--compare {given['compare']}: {unknown!r} is no method or there twice; choose from {', '.join(METHODS)}")
+        raise InputError(f"--compare {given['compare']}: {unknown!r} is no method or there twice; choose from {every}")
     if given.get("teacher", "auto") not in ("auto", "scratch"):
         load_checkpoint(settings["teacher"])                            # refused now rather than after decoding
     return layout, methods, settings
@@ -1682,22 +1653,20 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
 def evaluate(job: Job, saved: dict[str, Any]) -> dict[str, Any]:
     """The results of --eval. InputError if the checkpoint is of the teacher's modality or of other classes."""
     settings, data, checkpoint = job.settings, job.data, job.settings["eval"]
-    if saved["network"]["kind"] != job.spec.kind:
-        raise InputError(f"--eval {checkpoint} is a teacher, a network for {saved['network']['kind']}; give a student's")
+    network = restore(job, "eval", saved)
     known = saved["classes"] or data.classes                            # others' checkpoints do not name theirs
     if data.classes != known or len(known) != saved["network"]["num_classes"]:
-        raise InputError(f"--eval {checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, ...), "
-                         f"{settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); they must be the same")
-    network = make_network(**saved["network"]).to(settings["device"])
-    network.load_state_dict(saved["student"])
+        raise InputError(f"--eval {checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, "
+                         f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...)")
     return {"task": settings["task"], "data": settings["data"], "method": saved["method"], "seed": saved["seed"],
-            "metrics": final_metrics(job, network), "teacher": None, "clips": {"eval": len(data.eval)}, "checkpoint": checkpoint}
+            "metrics": final_metrics(job, network), "teacher": None, "clips": {"eval": len(data.eval)},
+            "checkpoint": checkpoint}
 
 def run(given: dict[str, Any]) -> None:
     """What `main` does with the options given on the command line."""
     begun, saved = time.time(), load_checkpoint(given["eval"]) if "eval" in given else {}
     layout, methods, settings = settle(given, saved)
-    console, task, first, kind = Console(settings["quiet"]), settings["task"], settings["seed"], STUDENT_KIND[settings["task"]]
+    console, task, first = Console(settings["quiet"]), settings["task"], settings["seed"]
     label = "eval" if saved else methods[0] if len(methods) == 1 else "compare"
     source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
     out = Path(settings.get("out", f"runs/{task}-{source}-{label}-s{first}"))
@@ -1705,8 +1674,8 @@ def run(given: dict[str, Any]) -> None:
     cache = Path(settings.get("cache", next((folder for folder in near if folder.exists()), out / "cache")))
     out.mkdir(parents=True, exist_ok=True)
     data = open_data(layout, settings, cache, out, console)
-    spec = ViewSpec(kind, settings["frames"], settings["size"], round(settings["seconds"] * 32000), settings["crop_area"],
-                    settings["flip"], settings["strong"])
+    spec = ViewSpec(STUDENT_KIND[task], samples=round(settings["seconds"] * 32000),
+                    **{name: settings[name] for name in ("frames", "size", "crop_area", "flip", "strong")})
     job = Job(settings, data, spec, console)
     if saved:
         results = evaluate(job, saved)
@@ -1716,7 +1685,11 @@ def run(given: dict[str, Any]) -> None:
     console.say("recipe  " + ", ".join(f"{name} {settings[name]}" for name in shown))
     teacher, info = None, {"kind": "none"}
     if methods != ["student"]:
-        teacher, info = embed_clips(job._replace(spec=spec._replace(kind="audio" if kind == "video" else "video")), cache)
+        other = job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video"))
+        given_features = settings.get("teacher_features")
+        pooled, info = read_features(given_features, data) if given_features else embed_clips(other, cache)
+        teacher = torch.zeros(len(data.store.clips), pooled.shape[1])           # only training clips have an embedding
+        teacher[data.train] = pooled
     rows = {"teacher": [info["metrics"]]} if info.get("metrics") else {}
     for seed in range(first, first + settings["seeds"]):
         for method in methods:
@@ -1729,8 +1702,9 @@ def run(given: dict[str, Any]) -> None:
         save(out / "results.json", {**results, "method": methods[-1], "seed": first, "seeds": settings["seeds"],
                                     "metrics": mean, "table": rows, "seconds": round(time.time() - begun, 1)})
     print_table(rows, console)
-    console.say(f"\n{len(data.eval):,} evaluation clips. A student's epoch is the one that did best on them, as the authors report "
-                f"it: a little\nflattering, alike for all; the last epoch's figures are in results.json. All of it is in {out}")
+    console.say(f"\n{len(data.eval):,} evaluation clips. A student's epoch is the one that did best on them, as the "
+                "authors report it: a little\nflattering, alike for all; the last epoch's figures are in results.json. "
+                f"All of it is in {out}")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
