@@ -193,7 +193,9 @@ def test_compared_losses_agree_with_loops():
     assert xmkd.kd_loss(s, t, tags).item() == pytest.approx(tag_kl, rel=1e-5)
     assert xmkd.crd_loss(s, t, labels).item() == pytest.approx(contrast, rel=1e-5)
     assert xmkd.crd_loss(s, t, torch.zeros(5, dtype=torch.long)).item() == 0          # no clip of another class: nothing to tell apart
-    assert xmkd.fitnet_loss(s, t).item() == pytest.approx(sum((a - b) ** 2 for a, b in zip(s.flatten().tolist(), t.flatten().tolist())) / 20, rel=1e-5)
+    values = t.flatten().tolist()
+    variance = sum((v - sum(values) / 20) ** 2 for v in values) / 19
+    assert xmkd.fitnet_loss(s, t).item() == pytest.approx(sum((a - b) ** 2 for a, b in zip(s.flatten().tolist(), values)) / 20 / variance, rel=1e-5)
 
 
 def test_compositional_loss_agrees_with_its_parts():
@@ -205,14 +207,18 @@ def test_compositional_loss_agrees_with_its_parts():
     unit = lambda x: x / x.norm(dim=1, keepdim=True)
     joint = teacher + torch.cat([unit(teacher), unit(pooled)], 1) @ compose.weight.T + compose.bias
     total, p, q = F.cross_entropy(classify(joint), labels), logits.softmax(1), classify(joint).softmax(1)
-    total = total + ((p - q) * (p / q).log()).sum(1).mean()
-    for a, b in ((joint, teacher), (pooled, teacher), (pooled, joint)):
-        for x, y in ((a, b), (b, a)):
-            prob = (unit(x) @ unit(y).T / 0.1).softmax(1)
-            total = total - sum(prob[i, labels == labels[i]].log().mean() for i in range(5)) / 5
+    total = total + 0.5 * ((p - q) * (p / q).log()).sum(1).mean()
+    def contrast(a, b):
+        probabilities = [(unit(x) @ unit(y).T / 0.5).softmax(1) for x, y in ((a, b), (b, a))]
+        return -sum(prob[i, labels == labels[i]].log().mean() for prob in probabilities for i in range(5)) / 5
+    total = total + contrast(joint, teacher) + contrast(pooled, teacher) + contrast(pooled, joint)
     assert loss.item() == pytest.approx(total.item(), rel=1e-5)
-    loss.backward()
-    assert pooled.grad.abs().sum() > 0 and compose.weight.grad.abs().sum() > 0 and classify.weight.grad.abs().sum() > 0
+    loss.backward(retain_graph=True)
+    ours = pooled.grad.clone()
+    pooled.grad = None
+    (total - F.cross_entropy(classify(joint), labels) - contrast(joint, teacher)).backward()
+    assert torch.allclose(ours, pooled.grad, atol=1e-6)                 # the composition's own terms do not reach the student
+    assert compose.weight.grad.abs().sum() > 0 and classify.weight.grad.abs().sum() > 0
 
 
 def test_linear_probe_separates_what_is_separable_and_stays_small_on_noise():
@@ -518,7 +524,7 @@ def test_audioset_lists_mangled_by_editors_still_parse(tmp_path, text):
     root = audioset(tmp_path)
     (root / "balanced_train_segments.csv").write_text(text, encoding="utf-8")
     clips, _ = xmkd.read_audioset(root)
-    assert clips[0][:3] == ("aaaaaaaaaa0", (0, 1), "train") and clips[0][5:] == (0.0, 10.0)
+    assert clips[0][:3] == ("aaaaaaaaaa0", (0, 1), "train") and clips[0][5:7] == (0.0, 10.0)
 
 
 @pytest.mark.parametrize("row, says", [("aaaaaaaaaa0, 0, 10, /m/9", "unknown label '/m/9'"), ("aaaaaaaaaa0, 10, 5, /m/1", "expected"), ("short, 0, 5, /m/1", "expected"),
@@ -631,7 +637,7 @@ def test_the_published_vggsound_list_parses_whole(tmp_path):
     os.symlink(TESTDATA / "metadata" / "vggsound" / "test.csv", tmp_path / "test.csv")
     (tmp_path / "6jiO0tPLK7U_000090.mp4").touch()
     clips, classes = xmkd.read_vggsound(tmp_path, skipped := [])
-    assert len(classes) == 309 and classes[clips[0].labels[0]] == "basketball bounce" and clips[0][-2:] == (90, 100) and len(skipped) == 15445
+    assert len(classes) == 309 and classes[clips[0].labels[0]] == "basketball bounce" and (clips[0].start, clips[0].end) == (90, 100) and len(skipped) == 15445
 
 
 def test_hdf5_without_h5py_says_what_to_install(tmp_path, monkeypatch):
@@ -690,7 +696,7 @@ def demo_data(tmp_path, clips=12):
     return xmkd.Data(store, classes, torch.tensor([c.labels[0] for c in every[:clips]]), list(range(clips - 2)), [clips - 2, clips - 1])
 
 
-def test_store_decodes_once_and_keeps_reasons(tmp_path):
+def test_store_decodes_once_and_tries_again_what_failed(tmp_path):
     calls = []
 
     def load(clip, kind):
@@ -702,7 +708,7 @@ def test_store_decodes_once_and_keeps_reasons(tmp_path):
     for _ in range(2):
         store = xmkd.ClipStore(tmp_path, clips, load, {"audio": 1, "video": 1})
         assert store.decode([(0, ("audio",)), (0, ("video",)), (1, ("video",))], 0, lambda done, total: None) == [[0, 9, ""], [0, 3, ""], [1, 0, "bad: broken"]]
-    assert calls == ["good", "good", "bad"]
+    assert calls == ["good", "good", "bad", "bad"]                                 # a failure may have been of the moment
     assert store.stream(0, "video")[0].dtype == torch.uint8 and (xmkd.unpack_frames(*store.stream(0, "video"), [2, 0, 2]) - 100.0).abs().max() < 6
     samples, = store.stream(0, "audio")
     assert samples.dtype == torch.int16 and samples[0] == -32767 and samples[-1] == 32767
@@ -922,6 +928,69 @@ def test_a_loss_that_is_not_finite_is_named_with_step_and_clips(tmp_path, media,
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+def test_features_go_to_the_clip_that_they_are_named_after(tmp_path):
+    clip = lambda name: xmkd.Clip(name, (0,), "train")
+    for name in ("train/low/3", "Deep/er/V_A_g01", "train/high/5"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.npy").touch()
+    found = xmkd.find_features(tmp_path, [clip(i) for i in ("train/high/3", "train/low/3", "v_A_g01", "train/x/5", "none")])
+    assert {key: os.path.relpath(path, tmp_path) for key, path in found.items()} == {
+        "train/low/3": "train/low/3.npy", "v_A_g01": "Deep/er/V_A_g01.npy", "train/x/5": "train/high/5.npy"}
+
+
+def test_each_clip_gets_its_own_embedding(tmp_path, media):
+    cache = media.parent / "cache"
+    arguments = [*TINY, "--task", "action_recognition", "--data", str(media), "--teacher", "scratch", "--cache", str(cache), "--out", str(tmp_path / "run")]
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xmkd, "train_student", lambda *a: seen.append(a) or {"metrics": {}})
+        assert xmkd.main(arguments) == 0
+        files = [tmp_path / "features" / path.relative_to(media).with_suffix(".npy") for path in sorted(media.rglob("*.mp4"))]
+        for k, file in enumerate(files):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            np.save(file, np.array([k, 1.0]))
+        assert xmkd.main([a if a not in ("--teacher", "scratch") else {"--teacher": "--teacher-features", "scratch": str(tmp_path / "features")}[a] for a in arguments]) == 0
+    (job, _, _, teacher, _), (_, _, _, given, _) = seen
+    job = job._replace(spec=job.spec._replace(kind="audio"))
+    file, = [f for f in cache.glob("teacher-*/best.pt") if xmkd.load_checkpoint(f)["network"]["kind"] == "audio"
+             and torch.load(f.parent / "embeddings.pt")["pooled"].shape[0] == len(job.data.train + job.data.eval)][-1:]
+    network = xmkd.restore(job, "data", xmkd.load_checkpoint(file))
+    for i in job.data.train[::5]:
+        assert torch.allclose(xmkd.predict(job, network, [i])[1][0], teacher[i], atol=1e-4), job.data.store.clips[i].id
+        assert str(files[int(given[i, 0])]).endswith(job.data.store.clips[i].id + ".npy")
+    item = xmkd.Views(job.data.store, job.spec, "train", job.data.labels, teacher)[job.data.train[2], 0]
+    assert torch.equal(item[3], teacher[job.data.train[2]]) and item[2] == job.data.labels[job.data.train[2]]
+
+
+def test_settings_reach_every_step(tmp_path, media):
+    steps, step = [], xmkd.train_step
+
+    def record(*arguments):
+        steps.append((type(arguments[1]).__name__, [round(g["lr"], 7) for g in arguments[2].param_groups], arguments[6:], getattr(arguments[1], "offset", None)))
+        return step(*arguments)
+    common = [*TINY, "--task", "action_recognition", "--data", str(media), "--teacher", "scratch", "--cache", str(media.parent / "cache"), "--epochs", "4",
+              "--csc-offset", "0.4", "--margin", "0.3", "--sparsity", "0.01", "--lr", "1e-3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xmkd, "train_step", record)
+        for method in ("xmkd", "mnf", "csc", "student"):
+            steps.clear()
+            assert xmkd.main([*common, "--method", method, "--out", str(tmp_path / method)]) == 0
+            mine = [s for s in steps if s[0] != "NoneType"] or steps[-4:]              # less those of a teacher that was not cached
+            helper = {"xmkd": "ModalityNoiseFilter", "mnf": "ModalityNoiseFilter", "csc": "Distiller", "student": "NoneType"}[method]
+            assert [s[0] for s in mine] == [helper] * 4
+            factors = {"ModalityNoiseFilter": [1, 0.2], "Distiller": [1, 1], "NoneType": [1]}[helper]
+            assert [s[1] for s in mine] == [[round(1e-3 * f * (0.1 if epoch == 4 else 1), 7) for f in factors] for epoch in (1, 2, 3, 4)]
+            assert all(s[2] == (0.4, 0.3, 0.01, method != "mnf") for s in mine) and (method != "csc" or mine[0][3] == 0.4)
+
+
+def test_retrieval_ranks_the_training_clips(tmp_path, monkeypatch):
+    data = demo_data(tmp_path)._replace(labels=torch.tensor([*range(10), 3, 3]))
+    pooled = torch.eye(10)[[*range(10), 3, 5]]                          # of two queries of class 3 one lies on a clip of class 5
+    monkeypatch.setattr(xmkd, "predict", lambda job, network, clips, *a, **k: (torch.rand(len(clips), 10), pooled[clips]))
+    job = xmkd.Job({"task": "video_retrieval"}, data, xmkd.ViewSpec("video"), xmkd.Console(quiet=True))
+    assert xmkd.final_metrics(job, None)["R@1"] == 0.5
+
+
 def test_the_student_memorises_eight_clips(tmp_path):
     data = demo_data(tmp_path, clips=10)
     torch.manual_seed(0)
@@ -1008,14 +1077,19 @@ def test_the_authors_data_release_trains_as_it_is(tmp_path, capsys):
 
 def test_teacher_features_replace_the_teacher_whatever_their_width(tmp_path, media, capsys):
     features = tmp_path / "features"
-    for k, path in enumerate(sorted((media / "train").rglob("*.mp4"))):
+    for k, path in enumerate(sorted(media.rglob("*.mp4"))):
         file = features / path.relative_to(media).with_suffix(".npy")
         file.parent.mkdir(parents=True, exist_ok=True)
         np.save(file, rand(7, seed=k).numpy().astype(np.float64))
     common = [*TINY, "--task", "action_recognition", "--data", str(media), "--cache", str(media.parent / "cache"), "--teacher-features", str(features), "--out", str(tmp_path / "run")]
     assert xmkd.main([*common, "--compare", "kd,ccl,xmkd", "--epochs", "1"]) == 0
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["teacher"] == {"kind": f"embeddings {features}"}
-    for name, array, says in (("short", np.ones(3), "expected (7,) finite numbers"), ("nan", np.full(7, np.nan), "finite"), ("objects", np.array([{}] * 7), "pickled arrays are refused")):
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["teacher"]["kind"] == f"embeddings {features}" and list(results["table"]) == ["teacher", "kd", "ccl", "xmkd"]
+    assert xmkd.main([*TINY, "--eval", str(tmp_path / "run" / "xmkd-s3" / "best.pt"), "--out", str(tmp_path / "eval")]) == 0      # silent about the teacher
+    other = tmp_path / "other"
+    (other / "train").mkdir(parents=True)
+    assert xmkd.main([*common, "--method", "xmkd", "--out", str(tmp_path / "run" / "xmkd-s3"), "--resume", "--teacher-features", str(other)]) == 2
+    for name, array, says in (("short", np.ones(3), "expected (7,), one embedding a clip"), ("nan", np.full(7, np.nan), "finite"), ("objects", np.array([{}] * 7), "pickled arrays are refused")):
         path = features / "train" / "low" / "3.npy"
         np.save(path, array)
         assert xmkd.main(common) == 2 and says in capsys.readouterr().err, name
@@ -1095,13 +1169,19 @@ def test_panns_checkpoints_load(tmp_path, name, stages, dim):
 def test_a_panns_checkpoint_teaches_and_is_evaluated(tmp_path, media, capsys):
     assert xmkd.network_of(xmkd.AudioNet(527, stages=6, dim=2048).state_dict())["dim"] == 2048                   # Cnn14
     network = xmkd.AudioNet(2, width=4, stages=6, dim=20)
-    torch.save({"model": {"spectrogram_extractor.stft.conv_real.weight": torch.zeros(3), "logmel_extractor.melW": torch.zeros(3), **network.state_dict()}}, tmp_path / "panns.pth")
+    torch.save({"model": {"spectrogram_extractor.stft.conv_real.weight": torch.zeros(3), "logmel_extractor.melW": torch.zeros(513, 64), **network.state_dict()}}, tmp_path / "panns.pth")
     common = [*TINY, "--data", str(media), "--cache", str(media.parent / "cache")]
     assert xmkd.main([*common, "--task", "action_recognition", "--teacher", str(tmp_path / "panns.pth"), "--out", str(tmp_path / "run")]) == 0
     assert xmkd.load_checkpoint(tmp_path / "run" / "best.pt")["filter"]["adapter.weight"].shape == (32, 20)
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["teacher"] == {"kind": f"checkpoint {tmp_path / 'panns.pth'}"}
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["teacher"]["kind"] == f"checkpoint {tmp_path / 'panns.pth'}"
     assert xmkd.main([*common, "--eval", str(tmp_path / "panns.pth"), "--out", str(tmp_path / "eval")]) == 0, capsys.readouterr().err
     assert json.loads((tmp_path / "eval" / "results.json").read_text())["task"] == "audio_tagging"
+    torch.save({"model": {"logmel_extractor.melW": torch.zeros(257, 64), **network.state_dict()}}, tmp_path / "16k.pth")
+    state = network.state_dict()
+    torch.save({"model": {key: state[key] for key in state if key != "conv_block2.bn1.weight"}}, tmp_path / "part.pth")
+    for name, says in (("16k.pth", "another sample rate than 32 kHz"), ("part.pth", "conv_block2.bn1.weight")):
+        with pytest.raises(xmkd.InputError, match=f"{name} is no checkpoint .*{says}"):
+            xmkd.load_checkpoint(tmp_path / name)
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):

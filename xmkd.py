@@ -193,7 +193,7 @@ def make_optimizer(student: nn.Module, noise_filter: nn.Module | None, lr: float
         groups.append({"params": list(noise_filter.parameters()), "lr": filter_lr * lr})
     return torch.optim.Adam(groups, weight_decay=weight_decay)
 
-# ============================================== 2. Methods compared with (losses as published; weight 1 each is ours)
+# ============================================== 2. Methods compared with (after their papers; weight 1 each is ours)
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probabilities (B, C) of classes or, for multi-hot labels, (B, 2C) of each tag's presence and absence."""
     return logits.log_softmax(1) if labels.ndim == 1 else torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], 1)
@@ -204,13 +204,15 @@ def kd_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature:
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature ** 2
 
 def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
-    """Regression to the teacher's features (Romero et al. 2015, arXiv 1412.6550): both (B, D) -> mean squared error."""
-    return F.mse_loss(hint, teacher)
+    """Regression to the teacher's features (Romero et al. 2015, arXiv 1412.6550): both (B, D) -> (); relative to their
+    variance, so that their scale does not matter (ours)."""
+    return F.mse_loss(hint, teacher) / teacher.var().clamp_min(1e-12)
 
 def crd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
-    """Contrastive representation distillation (Tian et al. 2020, arXiv 1910.10699), in-batch: projections (B, 128) -> ().
+    """Contrastive representation distillation (Tian et al. 2020, arXiv 1910.10699): projections (B, 128) -> ().
 
-    A clip's teacher is told from those of clips that share no label with it, in both directions.
+    A clip's teacher is told from those of clips that share no label with it, in both directions; ours: by a softmax over
+    the batch instead of a critic and a memory of the data set.
     """
     rival = label_overlap(labels) == 0
     rival.fill_diagonal_(True)                                            # the clip's own pair stays in the softmax
@@ -219,12 +221,12 @@ def crd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
     return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
 
 def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Module, classify: nn.Module,
-             temperature: float = 0.1) -> Tensor:
-    """Compositional contrastive learning (Chen et al. 2021, arXiv 2104.10955); positives of the NCE term only.
+             temperature: float = 0.5) -> Tensor:
+    """Compositional contrastive learning (Chen et al. 2021, arXiv 2104.10955); ours: positives of the NCE term only.
 
     compose   (B, 2D) -> (B, D): the composition is teacher + compose([teacher ; student]), unit vectors inside
     classify  (B, D) -> (B, C)
-    Cross-entropy of the composition, contrast of all three embeddings both ways, symmetric KL of the two predictions.
+    Cross-entropy of the composition, contrast of all three embeddings both ways, half the predictions' symmetric KL.
     """
     def composition(student: Tensor) -> Tensor:
         return teacher + compose(torch.cat([F.normalize(teacher, dim=1), F.normalize(student, dim=1)], 1))
@@ -235,7 +237,7 @@ def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Mo
     p, q = log_probabilities(features.logits, labels), log_probabilities(classify(joint), labels)
     symmetric = sum(F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in ((p, q), (q, p)))
     return (classification_loss(classify(own), labels) + contrast(own, teacher) + contrast(features.pooled, teacher)
-            + contrast(features.pooled, joint) + symmetric)
+            + contrast(features.pooled, joint) + 0.5 * symmetric)
 
 class Distiller(nn.Module):
     """What a method other than MNF learns beside the student: (features, teacher (B, teacher_dim), labels) -> its loss.
@@ -267,7 +269,7 @@ class Distiller(nn.Module):
         projected = self.student(features.pooled)
         return crd_loss(projected, teacher, labels) if self.method == "crd" else fitnet_loss(projected, teacher)
 
-def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int, decay: float = 1e-3) -> nn.Linear:
+def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int, decay: float = 0.1) -> nn.Linear:
     """Frozen logistic regression, embeddings (N, D) to logits (N, C), by L-BFGS; `decay` is relative to the variance."""
     probe = nn.Linear(embeddings.shape[1], num_classes)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
@@ -564,7 +566,7 @@ def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> T
         with h5py.File(path) as file:
             frames = [codec.decode(av.Packet(np.asarray(jpeg, np.uint8).tobytes()))[0] for jpeg in file["video"]]
         return torch.from_numpy(np.stack([to_picture(frame, size, reformatter) for frame in frames]))
-    except (OSError, KeyError, ValueError, IndexError, av.error.FFmpegError) as error:
+    except (OSError, KeyError, TypeError, ValueError, IndexError, av.error.FFmpegError) as error:
         raise InputError(f"{path}: no HDF5 file with a JPEG a frame in `video` ({error})") from error
 
 # ============================================== 5. Data sets
@@ -577,6 +579,7 @@ class Clip(NamedTuple):
     video: str | None = None     # path of the file that holds the picture; often the same
     start: float = 0.0           # seconds
     end: float | None = None     # None: to the end of the file
+    cut: bool | None = None      # whether the file holds the segment alone; None: its duration tells
 
 def is_sound_only(path: str) -> bool:
     """True for the extensions that hold sound without picture."""
@@ -608,7 +611,7 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
     for path in media:
         for key in owners(os.path.basename(path)):
             (sound if is_sound_only(path) else picture).setdefault(key, path)              # of copies the first
-    sound = {key: path for key, path in picture.items() if not path.endswith(".hdf5")} | sound          # HDF5 is mute
+    sound = {key: path for key, path in picture.items() if not path.lower().endswith(".hdf5")} | sound  # HDF5 is mute
     found = picture | sound
     if not found:
         first, seen = (", ".join(map(os.path.basename, names[:3])) or "none" for names in ([*listed], media))
@@ -709,9 +712,10 @@ def read_ucf101(root: str | Path, fold: int = 1,
     return match_files(listed, owners, folders.get("ucf-101", Path(root)), skipped), classes
 
 def annotation_file(root: str | Path) -> str | None:
-    """The JSON that `read_annotations` reads."""
-    names = ("annotation.json", "activity_net")
-    return next((path for path in walk_files(root, ".json") if os.path.basename(path).startswith(names)), None)
+    """The JSON that `read_annotations` reads: annotation.json, which tells the class order, else the highest version."""
+    paths = [path for path in walk_files(root, ".json")
+             if os.path.basename(path).startswith("activity_net") or os.path.basename(path) == "annotation.json"]
+    return max(paths, key=os.path.basename, default=None)
 
 def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """ActivityNet's `activity_net*.json` with `v_<id>.*` videos, or the authors' `annotation.json` with `<id>.hdf5`.
@@ -730,16 +734,19 @@ def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = N
         index_of = {name: i for i, name in enumerate(classes)}
         for name, subset, note in entries:
             if subset in ("training", "validation"):
-                start, end = note.get("segment", (0.0, None))
+                start, end = map(float, note["segment"]) if "segment" in note else (0.0, None)
                 part = "train" if subset == "training" else "eval"
                 listed[name.lower()] = Clip(name, (index_of[note["label"]],), part, None, None, start, end)
                 segments.setdefault(name.lower().rpartition("_")[0], []).append(name.lower())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: expected `database` of id: subset, label, segment, annotations ({error!r})") from error
     def owners(name: str) -> list[str]:
-        stem = os.path.splitext(name)[0].lower()
-        return [stem] if stem in listed else segments.get(stem, segments.get(f"v_{stem}", []))
-    return match_files(listed, owners, root, skipped), classes
+        stem, ending = os.path.splitext(name.lower())
+        whole = [] if ending == ".hdf5" else segments.get(stem, segments.get(f"v_{stem}", []))
+        return [stem] if stem in listed else whole
+    clips = [clip._replace(cut=Path(clip.video or clip.audio or "").stem.lower() == clip.id.lower())
+             for clip in match_files(listed, owners, root, skipped)]
+    return clips, classes
 
 def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """VGGSound: `vggsound.csv` (id, start, label, split) or `train.csv` and `test.csv` (file, label); clips of 10 s.
@@ -751,6 +758,8 @@ def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None
     for name in names:
         for place, row in read_rows(tables[name]):
             try:
+                if not any(row):
+                    continue
                 if len(row) == 2:
                     row = [row[0][:11], os.path.splitext(row[0])[0][12:], row[1], Path(name).stem]
                 ytid, start, label, split = row
@@ -792,9 +801,11 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
     path, start, end = getattr(clip, kind), clip.start, clip.end
     if path is None:
         raise InputError(f"{clip.id}: no file with a {kind} stream")
-    if path.endswith(".hdf5"):
+    if path.lower().endswith(".hdf5"):
         return decode_hdf5(path, size)
-    if start > 0 and end is not None:
+    if clip.cut:
+        start, end = 0.0, None
+    elif start > 0 and end is not None and clip.cut is None:
         with open_media(path, kind) as stream:
             duration = (stream.container.duration or 0) / av.time_base
         if 0 < duration <= end - start + 0.5 or (0 < duration < end and duration + start < 2 * end - duration):
@@ -892,7 +903,7 @@ class ClipStore(Dataset[Any]):
         for clip in clips:
             for kind, path in (("audio", clip.audio), ("video", clip.video)):
                 stat = os.stat(path) if path and os.path.exists(path) else None
-                source = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, *clip[-2:]) if path and stat else clip
+                source = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, *clip[5:]) if path and stat else clip
                 name = digest(__version__, kind, source, depends[kind])
                 self.files[kind].append(str(folder / "clips" / name[:2] / f"{name}.pt"))
 
@@ -903,14 +914,13 @@ class ClipStore(Dataset[Any]):
             try:
                 content: Any = self.load(self.clips[i], kind)
                 content = ((content.clamp(-1, 1) * 32767).round().short(),) if kind == "audio" else pack_frames(content)
+            except InputError:
+                raise
             except Exception as error:                                  # whatever it is, the clip cannot be used
-                content = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+                raise InputError(f"{type(error).__name__}: {error}") from error
             file.parent.mkdir(parents=True, exist_ok=True)
             save(file, content)
-        content = torch.load(file, mmap=True, weights_only=True)
-        if isinstance(content, str):
-            raise InputError(content)
-        return tuple(content)
+        return tuple(torch.load(file, mmap=True, weights_only=True))
 
     def __getitem__(self, job: tuple[int, Sequence[str]]) -> tuple[int, int, str]:
         """Job (clip, kinds): decodes what is not there yet -> (clip, length of the first kind, reason if unusable)."""
@@ -1284,41 +1294,55 @@ def train_teacher(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def find_features(folder: str | Path, clips: Sequence[Clip]) -> dict[str, str]:
     """Path of `<clip id>.npy` under `folder` by clip id; case does not count, nor folders where the name is unique."""
-    paths = sorted(walk_files(folder, ".npy"))
-    named = {os.path.splitext(os.path.relpath(path, folder))[0].lower(): path for path in paths}
-    stems = Counter(name.rpartition("/")[2] for name in named)
-    named |= {stem: path for name, path in named.items() if stems[stem := name.rpartition("/")[2]] == 1}
-    found = {clip.id: named.get(clip.id.lower()) or named.get(clip.id.lower().rpartition("/")[2]) for clip in clips}
+    last = lambda name: name.rpartition("/")[2]
+    named = {os.path.splitext(os.path.relpath(path, folder))[0].lower(): path for path in walk_files(folder, ".npy")}
+    ids = {clip.id: clip.id.lower() for clip in clips}
+    files, owners = Counter(map(last, named)), Counter(map(last, ids.values()))
+    by_last = {last(name): path for name, path in named.items() if files[last(name)] == 1 == owners[last(name)]}
+    found = {key: named.get(name) or by_last.get(last(name)) for key, name in ids.items()}
     return {key: path for key, path in found.items() if path}
 
-def read_features(folder: str | Path, data: Data) -> tuple[Tensor, dict[str, Any]]:
-    """Teacher embeddings of the training clips (n, D) from `find_features` and what they are. Raises InputError."""
-    files, rows = find_features(folder, data.store.clips), []
-    for path in (files[data.store.clips[i].id] for i in data.train):
+def read_features(paths: Sequence[str]) -> Tensor:
+    """Embeddings (n, D) from n NumPy files of shape (D,). Raises InputError naming the file; no code in it is run."""
+    rows: list[Tensor] = []
+    for path in paths:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)              # its shape is known before it is read
-            if array.ndim != 1 or (rows and len(array) != len(rows[0])) or not np.isfinite(array).all():
-                raise ValueError(f"{array.shape}; expected ({len(rows[0]) if rows else 'D'},) finite numbers a clip")
+            if array.ndim != 1 or not array.size or (rows and len(array) != len(rows[0])):
+                raise ValueError(f"{array.shape}; expected ({len(rows[0]) if rows else 'D'},), one embedding a clip")
             rows.append(torch.from_numpy(array.astype(np.float32)))
-        except (ValueError, TypeError, OSError, EOFError) as error:
+            if not rows[-1].isfinite().all():
+                raise ValueError("expected finite numbers")
+        except Exception as error:                                      # a dozen kinds, by what is wrong with the file
             raise InputError(f"{path}: no embedding ({error}); pickled arrays are refused") from error
-    return torch.stack(rows), {"kind": f"embeddings {folder}"}
+    return torch.stack(rows)
 
-def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Teacher embeddings of the training clips (n, D) and what the teacher is; kept in `cache`."""
+def choose_teacher(job: Job, folder: Path, network: nn.Module | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The network behind --teacher and what it is; `network` is the pretrained one, if it could be had."""
+    choice = job.settings["teacher"]
+    if network is not None:
+        return network.to(job.settings["device"]), {"kind": "torchvision r2plus1d_18, Kinetics-400"}
+    if choice in ("auto", "scratch"):
+        return train_teacher(job, folder)
+    return restore(job, "teacher", load_checkpoint(choice)), {"kind": f"checkpoint {choice}"}
+
+def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
+    """`pooled`: the teacher's embeddings of the training clips and of the `shared` evaluation clips that have its
+    modality; `scores` of the latter, if it knows the classes; `info`. Kept in `cache`, keyed by what they depend on.
+    """
     settings, data, spec, console = job
     choice, network = settings["teacher"], None
     if choice == "auto" and settings["data"] != "demo":
         reason = "torchaudio has no pretrained tagging network"
         if spec.kind == "video":
             try:
-                network, info = KineticsTeacher(console.terminal), {"kind": "torchvision r2plus1d_18, Kinetics-400"}
+                network = KineticsTeacher(console.terminal)
             except (OSError, RuntimeError) as error:                    # no network, or half a download
                 reason = f"torchvision's r2plus1d_18 cannot be had ({error})"
         if network is None:
             console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
-    own = choice not in ("auto", "scratch")
-    source = hashlib.sha256(Path(choice).read_bytes()).hexdigest() if own else info if network else choice
+    file = choice not in ("auto", "scratch")
+    source = hashlib.sha256(Path(choice).read_bytes()).hexdigest() if file else "Kinetics-400" if network else choice
     needs = [settings[name] for name in
              ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")]
     files = [[data.store.files[spec.kind][i] for i in part] for part in (data.train, data.eval)]
@@ -1326,21 +1350,31 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
     folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes)}"
     if not (folder / "embeddings.pt").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        if own:
-            saved = load_checkpoint(choice)
-            network, info = restore(job, "teacher", saved), {"kind": f"checkpoint {choice}"}
-        elif network is None:
-            network, info = train_teacher(job, folder)
-        network = network.to(settings["device"])
-        if "held_out" in info or own and saved["classes"] == data.classes:     # it has a score on the evaluation clips
-            jobs = [(i, (spec.kind,)) for i in data.eval]
-            shared = [i for i, n, _ in data.store.decode(jobs, settings["workers"], console.progress("decoding")) if n]
-            scores = predict(job, network, shared)[0] if shared else None
-            info["metrics"] = {} if scores is None else score(settings["task"], scores, data.labels[shared])
-        pooled = predict(job, network, data.train, label="teacher embeddings")[1]
-        save(folder / "embeddings.pt", {"pooled": pooled, "info": info})
-    saved = torch.load(folder / "embeddings.pt", weights_only=True)
-    return saved["pooled"], saved["info"]
+        network, info = choose_teacher(job, folder, network)
+        jobs = [(i, (spec.kind,)) for i in data.eval]
+        shared = [i for i, n, _ in data.store.decode(jobs, settings["workers"], console.progress("decoding")) if n]
+        scores, pooled = predict(job, network, data.train + shared, label="teacher embeddings")
+        known = "held_out" in info or (file and load_checkpoint(choice)["classes"] == data.classes)
+        save(folder / "embeddings.pt", {"pooled": pooled, "shared": shared, "info": info,
+                                        "scores": scores[len(data.train):] if known else None})
+    return torch.load(folder / "embeddings.pt", weights_only=True)
+
+def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
+    """Teacher embeddings (N, D), zeros where there is none, and what the teacher is; its own score is in `metrics`."""
+    settings, data, _, _ = job
+    if folder := settings.get("teacher_features"):
+        files, clips = find_features(folder, data.store.clips), data.store.clips
+        shared = [i for i in data.eval if clips[i].id in files]
+        pooled, scores = read_features([files[clips[i].id] for i in data.train + shared]), None
+        info: dict[str, Any] = {"kind": f"embeddings {folder}"}
+    else:
+        pooled, shared, info, scores = (run_teacher(job, cache)[key] for key in ("pooled", "shared", "info", "scores"))
+    embeddings = torch.zeros(len(data.store.clips), pooled.shape[1])
+    embeddings[data.train + shared] = pooled
+    if shared and scores is None:                                       # it has other classes or none
+        probe = linear_probe(embeddings[data.train], data.labels[data.train], len(data.classes))
+        scores, info["scored_by"] = probe(embeddings[shared]), "a linear probe on its embeddings"
+    return embeddings, {**info, "metrics": score(settings["task"], scores, data.labels[shared])} if shared else info
 
 # ============================================== 11. Run support
 class Console:
@@ -1407,17 +1441,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:                                          # a dozen kinds, by what is wrong with the file
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
         raise InputError(f"{path} is no readable checkpoint: {reason.splitlines()[0][:150]}") from error
-    if isinstance(content, dict) and {"student", "network", "classes"} <= content.keys():
-        return content
     try:
+        if {"student", "network", "classes", "task"} <= content.keys():
+            make_network(**content["network"]).load_state_dict(content["student"])
+            return content
+        if len(content.get("model", {}).get("logmel_extractor.melW", range(513))) != 513:
+            raise KeyError("its log-mel is for another sample rate than 32 kHz")
         states = (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {}))
         student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): state[key] for key in state
                                   if "_extractor." not in key} for state in states)     # those of PANNs' log-mel
+        make_network(**network_of(student)).load_state_dict(student)
         return {"student": student, "filter": noise_filter, "network": network_of(student), "task": None, "classes": None,
                 "method": "xmkd" if noise_filter else "student", "seed": 3, "settings": {}, "versions": {},
                 "epoch": content.get("epoch", content.get("iteration", 0))}
-    except (AttributeError, KeyError) as error:
-        raise InputError(f"{path} is no checkpoint of this program, the paper's authors or PANNs ({error!r})") from error
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        raise InputError(f"{path} is no checkpoint of this program, the paper's authors or PANNs: "
+                         f"{' '.join(str(error).split())[:300]}") from error
 
 def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits that change when any of the parts does."""
@@ -1490,7 +1529,7 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # what a
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},               # authors
     "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
              "crop_area": 0.7, "csc_offset": 0.3}}
-RUN_OPTIONS = {"out", "cache", "eval", "resume", "teacher_features", "workers", "device", "quiet", "compare", "method",
+RUN_OPTIONS = {"out", "cache", "eval", "resume", "workers", "device", "quiet", "compare", "method",
                "seeds", "seed", "epochs", "max_skipped"}                # what a checkpoint may differ in and be resumed
 
 def build_parser() -> argparse.ArgumentParser:
@@ -1527,10 +1566,10 @@ def find_layout(root: str) -> str:
     inside, files = {name.lower() for name in os.listdir(root)}, {*map(os.path.basename, walk_files(root))}
     annotation = annotation_file(root)                                  # the authors' UCF51 list has no segments
     segments = annotation and '"segment"' in Path(annotation).read_text(encoding="utf-8", errors="replace")
-    signs = {"ucf101": "ucftraintestlist" in inside, "audioset": "class_labels_indices.csv" in files,
-             "activitynet": segments, "annotation": annotation, "vggsound": "vggsound.csv" in files,
-             "folder": {"train", "val"} & inside}
-    if found := next((layout for layout, sign in signs.items() if sign), None):
+    signs = [("ucf101", "ucftraintestlist" in inside), ("audioset", "class_labels_indices.csv" in files),
+             ("activitynet", segments), ("annotation", annotation), ("vggsound", "vggsound.csv" in files),
+             ("folder", {"train", "val"} & inside), ("vggsound", {"train.csv", "test.csv"} <= files)]
+    if found := next((layout for layout, sign in signs if sign), None):
         return found
     raise InputError(f"--data {root} has no known layout; looked for AudioSet (class_labels_indices.csv, *_segments.csv)"
                      ", UCF-101 (UCF-101/, ucfTrainTestlist/), ActivityNet (activity_net*.json), the authors' release "
@@ -1548,25 +1587,25 @@ def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, s
         choice = {"audioset": {"split": settings["split"]}, "ucf101": {"fold": settings["fold"]}}.get(layout, {})
         clips, classes = READERS[layout](root, **choice, skipped=skipped)
     listed = len(clips) + sum(reason.startswith("missing") for _, reason in skipped)
+    parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
     # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
-    folder = None if evaluating else settings.get("teacher_features")
-    both, alone = ("audio", "video"), (STUDENT_KIND[task],)
-    paired = layout == "ucf101" and not folder
-    needs = {"train": both if paired or not (evaluating or folder) else alone, "eval": both if paired else alone}
+    folder, both, alone = settings.get("teacher_features"), ("audio", "video"), (STUDENT_KIND[task],)
+    needs = {"train": alone if folder else both, "eval": both if layout == "ucf101" and not folder else alone}
     lacking = {clip: "missing: no file with the other stream" for clip in clips
                if not all(getattr(clip, kind) for kind in needs[clip.split])}
-    if folder:
+    if folder and "train" in parts:
         features = find_features(folder, clips)
+        console.say(f"        teacher embeddings of {len(features):,} clips in {folder}")
         lacking |= {clip: f"missing: no <clip id>.npy under {folder}" for clip in clips
                     if clip.split == "train" and clip.id not in features}
     skipped += [(clip.id if folder else clip.audio or clip.id, reason) for clip, reason in lacking.items()]
-    parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
     clips = [clip for clip in clips if clip.split in parts and clip not in lacking]
     counts = {part: sum(clip.split == part for clip in clips) for part in parts}
     console.say(f"data    {root} ({layout}): {len(classes)} classes, {listed:,} clips listed; with all their files: "
                 + ", ".join(f"{count:,} for {part}" for part, count in counts.items()))
     if empty := [part for part in parts if not counts[part]]:
-        raise InputError(f"the {empty[0]} split of {root} is empty: no listed clip of it has its files")
+        why = next((f"; {clip.id}: {reason}" for clip, reason in lacking.items() if clip.split == empty[0]), "")
+        raise InputError(f"the {empty[0]} split of {root} is empty: no listed clip of it has its files{why}")
     return clips, classes, needs
 
 def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, console: Console) -> Data:
@@ -1596,7 +1635,8 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     if len(bad) > settings["max_skipped"] * len(clips):
         raise InputError(f"{len(bad)} of {len(clips)} clips are unreadable, more than the share --max-skipped "
                          f"{settings['max_skipped']:g}; the first: {next(iter(bad.values()))}")
-    labels = torch.stack([F.one_hot(torch.tensor(clip.labels), len(classes)).sum(0) for clip in clips]).float()
+    labels = torch.zeros(len(clips), len(classes))
+    labels[tuple(torch.tensor([(i, label) for i, clip in enumerate(clips) for label in clip.labels]).T)] = 1.0
     training = any(clip.split == "train" for clip in clips)
     if not evaluation or (training and len(train) < 2):
         raise InputError(f"{len(train)} training and {len(evaluation)} evaluation clips can be read; it takes 2 and 1")
@@ -1621,20 +1661,24 @@ def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> No
 
 def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
     """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint of --eval."""
-    training = ("compare", "method", "resume", "teacher", "teacher_features")
+    training = ("compare", "method", "resume", "teacher")
     for first, other in [("method", "compare"), ("teacher", "teacher_features"), *(("eval", name) for name in training)]:
         if first in given and other in given:
             raise InputError(f"--{first} and --{other} exclude each other; give one".replace("_", "-"))
-    if saved and saved["task"] is None:                                  # the authors' or PANNs'
-        tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
-        saved["task"] = given["task"] if given.get("task") in tasks else tasks[0]
-    if saved and given.get("task", saved["task"]) != saved["task"]:
-        raise InputError(f"--eval {given['eval']} is a checkpoint of --task {saved['task']}, not of {given['task']}")
     inherited = {name: value for name, value in saved.get("settings", {}).items() if name not in RUN_OPTIONS - {"seed"}}
+    if saved:                                                           # a recognition student serves retrieval too
+        tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
+        inherited["task"] = given.get("task", saved["task"] or tasks[0])
+        if "task" in given and given["task"] not in tasks:
+            raise InputError(f"--eval {given['eval']} is a checkpoint of --task {tasks[0]}, not of {given['task']}")
     layout = find_layout(given.get("data", inherited.get("data", "demo")))
-    settings = {**DEFAULTS, **RECIPES.get(layout, {}), **({"task": saved["task"]} if saved else {}), **inherited, **given}
-    if layout in ("annotation", "activitynet") and "teacher" not in given and any(Path(settings["data"]).rglob("*.npy")):
-        settings.setdefault("teacher_features", settings["data"])        # the authors' release brings them
+    settings = {**DEFAULTS, **RECIPES.get(layout, {}), **inherited, **given}
+    file = annotation_file(settings["data"]) if layout in ("annotation", "activitynet") else None
+    if str(file).endswith("annotation.json") and not saved and "teacher" not in given:
+        if any(walk_files(settings["data"], ".npy")):                   # the authors' release brings them
+            settings.setdefault("teacher_features", settings["data"])
+    if not os.path.isdir(settings.get("teacher_features", ".")):
+        raise InputError(f"--teacher-features {settings['teacher_features']} is not a folder; give one of .npy files")
     if settings["device"] == "auto":
         settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -1643,9 +1687,9 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         raise InputError(f"--device {settings['device']} cannot be used: {str(error).splitlines()[0]}") from error
     default = "student,xmkd" if layout == "demo" and "method" not in given else given.get("method", "xmkd")
     every = ",".join(METHODS)
-    methods = given.get("compare", default).replace("paper", every).split(",")
-    if unknown := next((method for method in methods if method not in METHODS or methods.count(method) > 1), None):
-        raise InputError(f"--compare {given['compare']}: {unknown!r} is no method or there twice; choose from {every}")
+    methods = [method.strip() for method in given.get("compare", default).replace("paper", every).split(",")]
+    if unknown := [method for method in methods if method not in METHODS or methods.count(method) > 1]:
+        raise InputError(f"--compare {given['compare']}: {unknown[0]!r} is no method or there twice; choose from {every}")
     if given.get("teacher", "auto") not in ("auto", "scratch"):
         load_checkpoint(settings["teacher"])                            # refused now rather than after decoding
     return layout, methods, settings
@@ -1654,7 +1698,10 @@ def evaluate(job: Job, saved: dict[str, Any]) -> dict[str, Any]:
     """The results of --eval. InputError if the checkpoint is of the teacher's modality or of other classes."""
     settings, data, checkpoint = job.settings, job.data, job.settings["eval"]
     network = restore(job, "eval", saved)
-    known = saved["classes"] or data.classes                            # others' checkpoints do not name theirs
+    if saved["classes"] is None:                                        # the authors' or PANNs'
+        job.console.warn(f"--eval {checkpoint} does not name its classes; their order is taken to be {data.classes[0]}, "
+                         f"... {data.classes[-1]}; the authors' ActivityNet weights need their annotation.json in --data")
+    known = saved["classes"] or data.classes
     if data.classes != known or len(known) != saved["network"]["num_classes"]:
         raise InputError(f"--eval {checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, "
                          f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...)")
@@ -1686,10 +1733,7 @@ def run(given: dict[str, Any]) -> None:
     teacher, info = None, {"kind": "none"}
     if methods != ["student"]:
         other = job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video"))
-        given_features = settings.get("teacher_features")
-        pooled, info = read_features(given_features, data) if given_features else embed_clips(other, cache)
-        teacher = torch.zeros(len(data.store.clips), pooled.shape[1])           # only training clips have an embedding
-        teacher[data.train] = pooled
+        teacher, info = embed_clips(other, cache)
     rows = {"teacher": [info["metrics"]]} if info.get("metrics") else {}
     for seed in range(first, first + settings["seeds"]):
         for method in methods:
