@@ -596,7 +596,12 @@ def test_activitynet_segments_are_clips_and_whole_videos_serve_several(tmp_path)
     assert [(c.id, c.labels, c.split, c.start, c.end, Path(c.video).name) for c in clips] == [
         ("v_aaaaaaaaaa0_0", (1,), "train", 1.5, 9.0, "v_aaaaaaaaaa0.mkv"), ("v_aaaaaaaaaa0_1", (0,), "train", 20, 31, "v_aaaaaaaaaa0.mkv"),
         ("v_-bbbbbbb_b0_0", (1,), "eval", 0, 5, "-bbbbbbb_b0.mp4")]
-    assert [i for i, _ in skipped] == ["v_cccccccccc0_0"]
+    assert [i for i, _ in skipped] == ["v_cccccccccc0_0"] and not any(c.cut for c in clips)
+    for name in ("v_aaaaaaaaaa0_1.mp4", "v_cccccccccc0.hdf5"):                               # one segment cut out; frames of a whole video tell no segment
+        (tmp_path / name).touch()
+    assert [(c.id, c.cut) for c in xmkd.read_annotations(tmp_path)[0]] == [("v_aaaaaaaaaa0_0", False), ("v_aaaaaaaaaa0_1", False), ("v_-bbbbbbb_b0_0", False)]
+    (tmp_path / "v_aaaaaaaaaa0.mkv").unlink()
+    assert [(c.id, c.cut) for c in xmkd.read_annotations(tmp_path)[0]] == [("v_aaaaaaaaaa0_1", True), ("v_-bbbbbbb_b0_0", False)]
     (tmp_path / "activity_net.v1-3.min.json").write_text('{"database": {"aaaaaaaaaa0": {"subset": "training"}}}')
     with pytest.raises(xmkd.InputError, match="expected `database` of id: subset, label"):
         xmkd.read_annotations(tmp_path)
@@ -664,6 +669,10 @@ def test_duration_decides_whether_a_file_is_cut(tmp_path):
     clip = clip._replace(audio=cut, video=cut)
     assert xmkd.load_stream(clip, "video", fps=10.0, size=16)[0].float().mean() == pytest.approx(0, abs=4)        # its own start
     assert len(xmkd.load_stream(clip, "audio")) == pytest.approx(32000, abs=1500)
+    late = clip._replace(audio=whole, video=whole, start=60.0, end=70.0)                     # past the end of a whole video: no view of its beginning
+    with pytest.raises(xmkd.InputError, match="whole.mp4: no video between 60 and 70 s"):
+        xmkd.load_stream(late._replace(cut=False), "video")
+    assert len(xmkd.load_stream(late._replace(cut=True), "video", fps=4.0)) == 16            # said to be the segment itself
 
 
 # ------------------------------------------------------------------------------------------------ 5. demo data

@@ -796,7 +796,8 @@ def read_folder(root: str | Path, skipped: list[tuple[str, str]] | None = None) 
 def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] | int = 128) -> Tensor:
     """One stream of a clip: "audio" -> (samples,) float32 at 32 kHz, "video" -> (T, 3, H, W) uint8. Raises InputError.
 
-    The file may be the whole video or already cut: cut where its duration is nearer to the segment's than to its end.
+    The file may be the whole video or already cut; unless the clip tells, the duration does: cut where it is nearer to
+    the segment's than to its end.
     """
     path, start, end = getattr(clip, kind), clip.start, clip.end
     if path is None:
@@ -1424,6 +1425,11 @@ def network_of(state: dict[str, Tensor]) -> dict[str, Any]:
     return {"kind": "video", "num_classes": len(state["cls.weight"]), "width": len(state["conv1.temporal_conv.weight"]),
             "blocks": blocks}
 
+def check_fit(network: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """RuntimeError naming the keys if a state dict is not that of the network; takes no memory, whatever the sizes."""
+    with torch.device("meta"):
+        make_network(**network).load_state_dict(dict(state), assign=True)     # a copy: `assign` sticks to its metadata
+
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint of this program, the authors or PANNs, on the CPU; no code in the file is run. Raises InputError.
 
@@ -1443,15 +1449,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is no readable checkpoint: {reason.splitlines()[0][:150]}") from error
     try:
         if {"student", "network", "classes", "task"} <= content.keys():
-            make_network(**content["network"]).load_state_dict(content["student"])
+            check_fit(content["network"], content["student"])
             return content
         if len(content.get("model", {}).get("logmel_extractor.melW", range(513))) != 513:
             raise KeyError("its log-mel is for another sample rate than 32 kHz")
         states = (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {}))
         student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): state[key] for key in state
                                   if "_extractor." not in key} for state in states)     # those of PANNs' log-mel
-        make_network(**network_of(student)).load_state_dict(student)
-        return {"student": student, "filter": noise_filter, "network": network_of(student), "task": None, "classes": None,
+        check_fit(network := network_of(student), student)
+        return {"student": student, "filter": noise_filter, "network": network, "task": None, "classes": None,
                 "method": "xmkd" if noise_filter else "student", "seed": 3, "settings": {}, "versions": {},
                 "epoch": content.get("epoch", content.get("iteration", 0))}
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:
