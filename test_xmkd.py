@@ -5,6 +5,8 @@ environment variable XMKD_TESTDATA names their folder, and skip elsewhere.
 """
 import ast
 import csv
+import errno
+import fcntl
 import functools
 import gzip
 import importlib.util
@@ -945,6 +947,25 @@ def test_features_go_to_the_clip_that_they_are_named_after(tmp_path):
     found = xmkd.find_features(tmp_path, [clip(i) for i in ("train/high/3", "train/low/3", "v_A_g01", "train/x/5", "none")])
     assert {key: os.path.relpath(path, tmp_path) for key, path in found.items()} == {
         "train/low/3": "train/low/3.npy", "v_A_g01": "Deep/er/V_A_g01.npy", "train/x/5": "train/high/5.npy"}
+
+
+def test_a_folder_in_use_is_refused_and_lack_of_memory_or_disk_is_named(tmp_path, media, capsys, monkeypatch):
+    common = [*TINY, "--data", str(media), "--method", "student", "--epochs", "1", "--out", str(tmp_path), "--cache", str(media.parent / "cache")]
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert xmkd.main(common) == 2 and "being written by another run" in capsys.readouterr().err
+    for error, says in ((torch.OutOfMemoryError("CUDA out of memory"), "lower --batch-size"), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "lower --batch-size"),
+                        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(xmkd, "train_step", lambda *a: (_ for _ in ()).throw(error))
+            assert xmkd.main(common) == 2 and says in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xmkd, "train_step", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
+        xmkd.main(common)
+    xmkd.save(tmp_path / "a.json", {"whole": 1})
+    with pytest.raises(TypeError):
+        xmkd.save(tmp_path / "a.json", {"half": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"whole": 1} and not [*tmp_path.glob("*.part")]
 
 
 def test_each_clip_gets_its_own_embedding(tmp_path, media):

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import gzip
 import hashlib
 import itertools
@@ -1409,11 +1410,15 @@ class Console:
 def save(path: Path, content: Any) -> None:
     """JSON or, for .pt, tensors and plain Python; written beside, flushed to disk and renamed: never half a file."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        torch.save(content, file) if path.suffix == ".pt" else file.write(json.dumps(content, indent=2).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with part.open("wb") as file:
+            write = torch.save if path.suffix == ".pt" else lambda c, f: f.write(json.dumps(c, indent=2).encode() + b"\n")
+            write(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)                                    # there if the disk is full or the run was stopped
 
 def network_of(state: dict[str, Tensor]) -> dict[str, Any]:
     """The arguments of `make_network` that a state dict fits. KeyError if it is of another family."""
@@ -1700,9 +1705,9 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         load_checkpoint(settings["teacher"])                            # refused now rather than after decoding
     return layout, methods, settings
 
-def evaluate(job: Job, saved: dict[str, Any]) -> dict[str, Any]:
-    """The results of --eval. InputError if the checkpoint is of the teacher's modality or of other classes."""
-    settings, data, checkpoint = job.settings, job.data, job.settings["eval"]
+def evaluate(job: Job, saved: dict[str, Any], out: Path) -> None:
+    """What --eval does. InputError if the checkpoint is of the teacher's modality or of other classes."""
+    settings, data, checkpoint, begun = job.settings, job.data, job.settings["eval"], time.time()
     network = restore(job, "eval", saved)
     if saved["classes"] is None:                                        # the authors' or PANNs'
         job.console.warn(f"--eval {checkpoint} does not name its classes; their order is taken to be {data.classes[0]}, "
@@ -1711,29 +1716,15 @@ def evaluate(job: Job, saved: dict[str, Any]) -> dict[str, Any]:
     if data.classes != known or len(known) != saved["network"]["num_classes"]:
         raise InputError(f"--eval {checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, "
                          f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...)")
-    return {"task": settings["task"], "data": settings["data"], "method": saved["method"], "seed": saved["seed"],
-            "metrics": final_metrics(job, network), "teacher": None, "clips": {"eval": len(data.eval)},
-            "checkpoint": checkpoint}
+    metrics = final_metrics(job, network)
+    save(out / "results.json", {"task": settings["task"], "data": settings["data"], "method": saved["method"],
+                                "seed": saved["seed"], "metrics": metrics, "teacher": None, "checkpoint": checkpoint,
+                                "clips": {"eval": len(data.eval)}, "seconds": round(time.time() - begun, 1)})
+    print_table({saved["method"]: [metrics]}, job.console)
 
-def run(given: dict[str, Any]) -> None:
-    """What `main` does with the options given on the command line."""
-    begun, saved = time.time(), load_checkpoint(given["eval"]) if "eval" in given else {}
-    layout, methods, settings = settle(given, saved)
-    console, task, first = Console(settings["quiet"]), settings["task"], settings["seed"]
-    label = "eval" if saved else methods[0] if len(methods) == 1 else "compare"
-    source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
-    out = Path(settings.get("out", f"runs/{task}-{source}-{label}-s{first}"))
-    near = [folder / "cache" for folder in Path(given.get("eval", "")).absolute().parents[:2]] if saved else []
-    cache = Path(settings.get("cache", next((folder for folder in near if folder.exists()), out / "cache")))
-    out.mkdir(parents=True, exist_ok=True)
-    data = open_data(layout, settings, cache, out, console)
-    spec = ViewSpec(STUDENT_KIND[task], samples=round(settings["seconds"] * 32000),
-                    **{name: settings[name] for name in ("frames", "size", "crop_area", "flip", "strong")})
-    job = Job(settings, data, spec, console)
-    if saved:
-        results = evaluate(job, saved)
-        save(out / "results.json", {**results, "seconds": round(time.time() - begun, 1)})
-        return print_table({saved["method"]: [results["metrics"]]}, console)
+def compare(job: Job, methods: list[str], cache: Path, out: Path) -> None:
+    """Trains and evaluates a student by each method and seed, all with the same teacher; the table."""
+    (settings, data, spec, console), begun = job, time.time()
     shown = [name for name in DEFAULTS if name == "epochs" or name not in RUN_OPTIONS | {"task", "data"}]
     console.say("recipe  " + ", ".join(f"{name} {settings[name]}" for name in shown))
     teacher, info = None, {"kind": "none"}
@@ -1741,7 +1732,7 @@ def run(given: dict[str, Any]) -> None:
         other = job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video"))
         teacher, info = embed_clips(other, cache)
     rows = {"teacher": [info["metrics"]]} if info.get("metrics") else {}
-    for seed in range(first, first + settings["seeds"]):
+    for seed in range(settings["seed"], settings["seed"] + settings["seeds"]):
         for method in methods:
             folder = out if len(methods) == settings["seeds"] == 1 else out / f"{method}-s{seed}"
             results = {**train_student(job, method, seed, teacher, folder), "teacher": info, "warnings": console.warnings}
@@ -1749,12 +1740,34 @@ def run(given: dict[str, Any]) -> None:
             rows.setdefault(method, []).append(results["metrics"])
     if len(methods) > 1 or settings["seeds"] > 1:
         mean = {name: statistics.mean(run[name] for run in rows[methods[-1]]) for name in results["metrics"]}
-        save(out / "results.json", {**results, "method": methods[-1], "seed": first, "seeds": settings["seeds"],
-                                    "metrics": mean, "table": rows, "seconds": round(time.time() - begun, 1)})
+        save(out / "results.json", {**results, "seed": settings["seed"], "seeds": settings["seeds"], "metrics": mean,
+                                    "table": rows, "seconds": round(time.time() - begun, 1)})
     print_table(rows, console)
     console.say(f"\n{len(data.eval):,} evaluation clips. A student's epoch is the one that did best on them, as the "
                 "authors report it: a little\nflattering, alike for all; the last epoch's figures are in results.json. "
                 f"All of it is in {out}")
+
+def run(given: dict[str, Any]) -> None:
+    """What `main` does with the options given on the command line."""
+    saved = load_checkpoint(given["eval"]) if "eval" in given else {}
+    layout, methods, settings = settle(given, saved)
+    label = "eval" if saved else methods[0] if len(methods) == 1 else "compare"
+    source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
+    out = Path(settings.get("out", f"runs/{settings['task']}-{source}-{label}-s{settings['seed']}"))
+    near = [folder / "cache" for folder in Path(given.get("eval", "")).absolute().parents[:2]] if saved else []
+    cache = Path(settings.get("cache", next((folder for folder in near if folder.exists()), out / "cache")))
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:                             # free again when the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out} is being written by another run; wait for it, or give another --out") from None
+        console = Console(settings["quiet"])
+        data = open_data(layout, settings, cache, out, console)         # before the next line: it fits `seconds`
+        spec = ViewSpec(STUDENT_KIND[settings["task"]], samples=round(settings["seconds"] * 32000),
+                        **{name: settings[name] for name in ("frames", "size", "crop_area", "flip", "strong")})
+        job = Job(settings, data, spec, console)
+        evaluate(job, saved, out) if saved else compare(job, methods, cache, out)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
@@ -1762,6 +1775,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(vars(build_parser().parse_args(argv)))
     except (InputError, OSError) as error:
         print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)   # a worker's error carries its traceback
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        print("error: out of memory; lower --batch-size, --frames, --size, --seconds or --width", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print("\ninterrupted; the same command with --resume goes on from the last epoch", file=sys.stderr)
