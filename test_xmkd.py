@@ -811,6 +811,7 @@ def test_map_and_auc_agree_with_their_definitions_ties_included():
     assert xmkd.mean_average_precision(scores, labels) == pytest.approx(np.mean(aps), abs=1e-12)
     assert xmkd.mean_auc(scores, labels) == pytest.approx(np.mean(aucs), abs=1e-12)
     assert xmkd.score("audio_tagging", scores, labels)["d_prime"] == pytest.approx(math.sqrt(2) * __import__("statistics").NormalDist().inv_cdf(np.mean(aucs)))
+    assert set(xmkd.score("audio_tagging", scores[:2, :3], torch.tensor([[1, 0, 0], [1, 0, 0]]))) == {"mAP"}                 # no class with both kinds of clip
     with pytest.raises(ValueError, match="none of 6 classes"):
         xmkd.mean_average_precision(scores, labels * 0)
 

@@ -1095,12 +1095,17 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor, ga
             "mAP_released": float(shown.mean()) if len(shown) else 0.0}
 
 def score(task: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """A task's metrics from probabilities (N, C). d' = sqrt(2) * probit(mean AUC), the AUC kept 1e-9 off 0 and 1."""
+    """A task's metrics from probabilities (N, C). d' = sqrt(2) * probit(mean AUC), the AUC kept 1e-9 off 0 and 1.
+
+    Where every class is in all clips or in none, AUC and d' do not exist and are left out.
+    """
     if task != "audio_tagging":
         return {"top1": topk_accuracy(scores, labels, 1), "top5": topk_accuracy(scores, labels, 5)}
-    auc = mean_auc(scores, labels)
-    probit = statistics.NormalDist().inv_cdf(min(max(auc, 1e-9), 1 - 1e-9)) if math.isfinite(auc) else 0.0
-    return {"mAP": mean_average_precision(scores, labels), "AUC": auc, "d_prime": math.sqrt(2) * probit}
+    metrics, auc = {"mAP": mean_average_precision(scores, labels)}, mean_auc(scores, labels)
+    if math.isfinite(auc):
+        probit = statistics.NormalDist().inv_cdf(min(max(auc, 1e-9), 1 - 1e-9))
+        metrics |= {"AUC": auc, "d_prime": math.sqrt(2) * probit}
+    return metrics
 
 # ============================================== 9. Training and evaluation
 STUDENT_KIND = {"audio_tagging": "audio", "action_recognition": "video", "video_retrieval": "video"}
