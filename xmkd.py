@@ -88,7 +88,7 @@ def label_overlap(labels: Tensor) -> Tensor:
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of logits (B, C) in nats, mean over clips; for multi-hot tags (B, C) binary ones, summed over tags.
 
-    The sum is ours: a mean over tags shrinks with C until CSC drowns it (demo: mAP 0.18 with the mean, 0.83 with it).
+    The sum is ours: a mean over tags shrinks with C until CSC drowns it (demo: mAP 0.18 by mean, 0.83 by sum).
     """
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
@@ -166,7 +166,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
     """One whole update; returns the detached loss terms as weighted in the sum. Numbers are the title page's.
 
     inputs (B, ...) for the student, teacher (B, D) embeddings, labels (B,) or (B, C); any float dtype.
-    noise_filter  a ModalityNoiseFilter; None: no distillation; or another `Distiller`, whose loss is then added instead
+    noise_filter  a ModalityNoiseFilter; None: no distillation; or a `Distiller`, whose loss `distill` stands for 2 to 4
     calibrate     False: the temperature of every pair is `offset` (method mnf)
     """
     student.train()
@@ -179,7 +179,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         filter_terms = {"filter_cls": classification_loss(filtered.logits, labels),                   # 4. filter loss
                         "sparsity": sparsity * sparsity_loss(weight),    # of the gate's last layer only, as released
                         "triplet": triplet_loss(features.pooled, raw, filtered.teacher, margin)}
-        student_terms["csc"] = csc_loss(features.pooled, filtered.evidence, similarity, labels, offset)   # 5.
+        student_terms["csc"] = csc_loss(features.pooled, filtered.evidence, similarity, labels, offset)   # 5. CSC
     elif noise_filter is not None:
         student_terms["distill"] = noise_filter.train()(features, teacher, labels)
     optimizer.zero_grad(set_to_none=True)
@@ -276,6 +276,8 @@ class Distiller(nn.Module):
 def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int, decay: float = 0.1) -> nn.Linear:
     """Frozen logistic regression, embeddings (N, D) to logits (N, C), by L-BFGS; `decay` is relative to the variance."""
     probe = nn.Linear(embeddings.shape[1], num_classes)
+    for parameter in probe.parameters():                                  # a convex problem: no seed has a say
+        nn.init.zeros_(parameter)
     optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -1607,21 +1609,22 @@ def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, s
         clips, classes = READERS[layout](root, **choice, skipped=skipped)
     listed = len(clips) + sum(reason.startswith("missing") for _, reason in skipped)
     parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
+    clips = [clip for clip in clips if clip.split in parts]
     # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
     folder, both, alone = settings.get("teacher_features"), ("audio", "video"), (STUDENT_KIND[task],)
     needs = {"train": alone if folder else both, "eval": both if layout == "ucf101" and not folder else alone}
     lacking = {clip: "missing: no file with the other stream" for clip in clips
                if not all(getattr(clip, kind) for kind in needs[clip.split])}
-    if folder and "train" in parts:
-        features = find_features(folder, clips)
-        console.say(f"        teacher embeddings of {len(features):,} clips in {folder}")
+    features = find_features(folder, clips) if folder else {}
+    if folder:
         lacking |= {clip: f"missing: no <clip id>.npy under {folder}" for clip in clips
                     if clip.split == "train" and clip.id not in features}
     skipped += [(clip.id if folder else clip.audio or clip.id, reason) for clip, reason in lacking.items()]
-    clips = [clip for clip in clips if clip.split in parts and clip not in lacking]
+    clips = [clip for clip in clips if clip not in lacking]
     counts = {part: sum(clip.split == part for clip in clips) for part in parts}
     console.say(f"data    {root} ({layout}): {len(classes)} classes, {listed:,} clips listed; with all their files: "
-                + ", ".join(f"{count:,} for {part}" for part, count in counts.items()))
+                + ", ".join(f"{count:,} for {part}" for part, count in counts.items())
+                + (f"; {len(features):,} teacher embeddings in {folder}" if folder else ""))
     if empty := [part for part in parts if not counts[part]]:
         why = next((f"; {clip.id}: {reason}" for clip, reason in lacking.items() if clip.split == empty[0]), "")
         raise InputError(f"the {empty[0]} split of {root} is empty: no listed clip of it has its files{why}")
@@ -1723,7 +1726,8 @@ def evaluate(job: Job, saved: dict[str, Any], out: Path) -> None:
     known = saved["classes"] or data.classes
     if data.classes != known or len(known) != saved["network"]["num_classes"]:
         raise InputError(f"--eval {checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, "
-                         f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...)")
+                         f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); give "
+                         "--data with the classes that it was trained on")
     metrics = final_metrics(job, network)
     save(out / "results.json", {"task": settings["task"], "data": settings["data"], "method": saved["method"],
                                 "seed": saved["seed"], "metrics": metrics, "teacher": None, "checkpoint": checkpoint,
