@@ -1275,7 +1275,8 @@ def test_evaluation_does_not_complain_about_training_clips(tmp_path):
     for name in ("train/a/1.wav", "val/a/2.mp4"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
-    settings, skipped, console = {"data": str(tmp_path), "task": "action_recognition"}, [], xmkd.Console(quiet=True)
+    settings = {"data": str(tmp_path), "task": "action_recognition", "split": "balanced", "fold": 1}
+    skipped, console = [], xmkd.Console(quiet=True)
     clips, _, _ = xmkd.list_clips("folder", {**settings, "eval": "best.pt"}, skipped, console)
     assert [c.id for c in clips] == ["val/a/2"] and skipped == []
     with pytest.raises(xmkd.InputError, match="train split .* is empty: .*; train/a/1: missing: no file with the other stream"):
