@@ -37,6 +37,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -62,7 +63,7 @@ from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomResizedCrop, v2
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 class InputError(ValueError):
     """Input that its owner can mend: a file, a list, an option. `main` prints it as one line and exits with 2."""
@@ -882,62 +883,74 @@ def demo_stream(clip: Clip, kind: str, student: str, seed: int, noise: float, mi
     return demo_picture(events, contrast, rng, max(1, round(fps)), side)
 
 # ============================================== 7. Clip store and views
-def pack_frames(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """(T, 3, H, W) uint8 -> (JPEG bytes of all frames, end of each in them (T,)); 4 to 5 kB a frame at 128 x 171."""
+def pack_frames(frames: Tensor) -> np.ndarray:
+    """(T, 3, H, W) uint8 -> (T, L) uint8: a JPEG a row, zeros behind it; 4 to 6 kB a frame at 128 x 171."""
     codec = av.CodecContext.create("mjpeg", "w")
     codec.height, codec.width = frames.shape[2:]
     codec.pix_fmt, codec.time_base, codec.thread_count, codec.qmin, codec.qmax = "yuvj420p", Fraction(1, 25), 1, 2, 2
     images = [av.VideoFrame.from_ndarray(image, format="rgb24") for image in frames.permute(0, 2, 3, 1).numpy()]
-    packets = [bytes(packet) for image in [*images, None] for packet in codec.encode(image)]
-    return torch.frombuffer(bytearray(b"".join(packets)), dtype=torch.uint8), torch.tensor([*map(len, packets)]).cumsum(0)
+    jpegs = [bytes(packet) for image in [*images, None] for packet in codec.encode(image)]
+    length = max(map(len, jpegs))
+    return np.stack([np.frombuffer(jpeg.ljust(length, b"\0"), np.uint8) for jpeg in jpegs])
 
-def unpack_frames(jpegs: Tensor, ends: Tensor, window: Sequence[int]) -> Tensor:
-    """The frames of a window: (len(window), 3, H, W) uint8."""
-    codec, bounds = av.CodecContext.create("mjpeg", "r"), [0, *ends.tolist()]
-    codec.thread_count = 1
-    images = {i: codec.decode(av.Packet(jpegs[bounds[i]:bounds[i + 1]].numpy().tobytes()))[0].to_ndarray(format="rgb24")
-              for i in set(window)}
-    return torch.from_numpy(np.stack([images[i] for i in window])).permute(0, 3, 1, 2)
+def read_frames(stream: np.ndarray, window: Sequence[int]) -> Tensor:
+    """The frames of a window, (len(window), 3, H, W) uint8, of a stream as `pack_frames` made it or as decoded."""
+    wanted, places = np.unique(window, return_inverse=True)
+    frames = stream[wanted]
+    if frames.ndim == 2:
+        codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()       # made once: half the time
+        codec.thread_count = 1
+        images = [codec.decode(av.Packet(jpeg.tobytes()))[0] for jpeg in frames]
+        frames = np.stack([reformatter.reformat(image, format="rgb24", threads=1).to_ndarray() for image in images])
+        frames = frames.transpose(0, 3, 1, 2)
+    return torch.from_numpy(frames if len(wanted) == len(window) else frames[places])
 
 class ClipStore(Dataset[Any]):
-    """Streams of clips, each decoded once into a file of its own: int16 samples at 32 kHz, or a JPEG a frame.
+    """Streams of clips, each decoded once into a file of its own: int16 samples at 32 kHz; frames, as JPEG unless `raw`.
 
-    folder   may be shared by runs and processes: a file is renamed into place and named after all that it depends on
+    folder   may be shared by runs and processes: a file is renamed into place and named after all that it depends on;
+             None: nothing is kept, each use decodes again
     load     (clip, kind) -> samples or frames;   depends: per kind, what the result depends on besides clip and file
     """
-    def __init__(self, folder: Path, clips: list[Clip], load: Callable[[Clip, str], Tensor], depends: Any) -> None:
-        self.clips, self.load, self.files = clips, load, {"audio": [], "video": []}
-        for clip in clips:
-            for kind, path in (("audio", clip.audio), ("video", clip.video)):
-                stat = os.stat(path) if path and os.path.exists(path) else None
-                source = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, *clip[5:]) if path and stat else clip
-                name = digest(__version__, kind, source, depends[kind])
-                self.files[kind].append(str(folder / "clips" / name[:2] / f"{name}.pt"))
+    def __init__(self, folder: Path | None, clips: list[Clip], load: Callable[[Clip, str], Tensor], depends: Any,
+                 raw: bool = False) -> None:
+        self.folder, self.clips, self.load, self.depends, self.raw = folder, clips, load, depends, raw
 
-    def stream(self, i: int, kind: str) -> tuple[Tensor, ...]:
-        """(samples (n,) int16,) or (JPEG bytes, end of each frame in them (T,)). InputError: clip i cannot be decoded."""
-        file = Path(self.files[kind][i])
-        if not file.exists():
-            try:
-                content: Any = self.load(self.clips[i], kind)
-                content = ((content.clamp(-1, 1) * 32767).round().short(),) if kind == "audio" else pack_frames(content)
-            except InputError:
-                raise
-            except Exception as error:                                  # whatever it is, the clip cannot be used
-                raise InputError(f"{type(error).__name__}: {error}") from error
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save(file, content)
-        return tuple(torch.load(file, mmap=True, weights_only=True))
+    def key(self, i: int, kind: str) -> str:
+        """Changes with all that the stream of clip i depends on, the state of its file included."""
+        clip, path = self.clips[i], getattr(self.clips[i], kind)
+        stat = os.stat(path) if path and os.path.exists(path) else None
+        source = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, *clip[5:]) if path and stat else clip
+        return digest(__version__, kind, source, self.depends[kind], self.raw and kind == "video")
 
-    def __getitem__(self, job: tuple[int, Sequence[str]]) -> tuple[int, int, str]:
-        """Job (clip, kinds): decodes what is not there yet -> (clip, length of the first kind, reason if unusable)."""
+    def stream(self, i: int, kind: str) -> np.ndarray:
+        """(samples,) int16, or frames (T, ...) for `read_frames`. InputError: clip i cannot be decoded."""
+        file = self.folder and self.folder / "clips" / (name := self.key(i, kind))[:2] / f"{name}.npy"
+        if file and file.exists():
+            return np.load(file, mmap_mode="r")
         try:
-            return job[0], [len(self.stream(job[0], kind)[-1]) for kind in job[1]][0], ""
+            content = self.load(self.clips[i], kind)
+            array = ((content.clamp(-1, 1) * 32767).round().short().numpy() if kind == "audio" else
+                     content.numpy() if self.raw or not file else pack_frames(content))
+        except InputError:
+            raise
+        except Exception as error:                                      # whatever it is, the clip cannot be used
+            raise InputError(f"{type(error).__name__}: {error}") from error
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save(file, array)
+        return array
+
+    def __getitem__(self, job: tuple[int, Sequence[str]]) -> tuple[int, list[int], int, str]:
+        """Job (clip, kinds): decodes what is not there yet -> (clip, length by kind, bytes, reason if unusable)."""
+        try:
+            streams = [self.stream(job[0], kind) for kind in job[1]]
+            return job[0], [*map(len, streams)], sum(stream.nbytes for stream in streams), ""
         except InputError as error:
-            return job[0], 0, str(error)
+            return job[0], [], 0, str(error)
 
     def decode(self, jobs: list[tuple[int, Sequence[str]]], workers: int,
-               progress: Callable[[int, int], None]) -> list[tuple[int, int, str]]:
+               progress: Callable[[int, int], None]) -> list[tuple[int, list[int], int, str]]:
         """The result of every job, in order, done by `workers` processes."""
         done = []
         for result in DataLoader(self, sampler=jobs, batch_size=None, num_workers=workers):  # type: ignore[arg-type]
@@ -971,9 +984,8 @@ class Views(Dataset[Any]):
     protocol  "train": one view at random; "val": 3 even windows (authors, while training); "test": consecutive windows
               (authors, at the end); sound has consecutive windows in both. Whatever worker draws it, the seed decides.
     """
-    def __init__(self, store: ClipStore, spec: ViewSpec, protocol: str, labels: Tensor,
-                 teacher: Tensor | None = None) -> None:
-        self.store, self.spec, self.protocol, self.labels, self.teacher = store, spec, protocol, labels, teacher
+    def __init__(self, data: Data, spec: ViewSpec, protocol: str, teacher: Tensor | None = None) -> None:
+        self.data, self.spec, self.protocol, self.teacher = data, spec, protocol, teacher
         steps: list[Any] = [v2.Grayscale(3)] if spec.strong else []
         steps += [v2.RandomInvert(0.5), v2.RandomRotation(15)] if spec.strong and protocol == "train" else []
         self.recolor: Any = v2.Compose(steps or [v2.Identity()])
@@ -986,21 +998,23 @@ class Views(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
         clip, seed = key
-        audio, stream = self.spec.kind == "audio", self.store.stream(clip, self.spec.kind)
-        n, size = len(stream[-1]), self.spec.samples if audio else self.spec.frames
+        audio, stream = self.spec.kind == "audio", self.data.store.stream(clip, self.spec.kind)
+        n, size = len(stream), self.spec.samples if audio else self.spec.frames
         if self.protocol == "train":
             with torch.random.fork_rng(devices=[]):
                 torch.random.default_generator.manual_seed(seed)
-                window = (torch.randint(max(n - size, 0) + 1, ()) + torch.arange(size)) % n      # loops if short
-                view = stream[0][window] if audio else self.recolor(unpack_frames(*stream, window.tolist()))
+                start = int(torch.randint(max(n - size, 0) + 1, ()))
+                view = (torch.from_numpy(np.resize(stream[start:start + size], size)) if audio else      # short ones loop
+                        self.recolor(read_frames(stream, [(start + k) % n for k in range(size)])))
                 box = torch.zeros(1, 4) if audio else self.random_box(view)
-            return view[None], box, self.labels[clip], torch.zeros(0) if self.teacher is None else self.teacher[clip]
+            label = self.data.labels([clip])[0]
+            return view[None], box, label, torch.zeros(0) if self.teacher is None else self.teacher[clip]
         if audio:                                                       # a tail under half a window is left out
             starts = range(0, max(n - size // 2, 1), size)
-            windows = torch.stack([stream[0][start + torch.arange(size) % min(size, n - start)] for start in starts])
+            windows = torch.stack([torch.from_numpy(np.resize(stream[start:start + size], size)) for start in starts])
             return windows, torch.zeros(len(windows), 4)
         choose = even_windows if self.protocol == "val" else partial(sliding_windows, stride=size)
-        windows = torch.stack([self.recolor(unpack_frames(*stream, window)) for window in choose(n, size)])
+        windows = torch.stack([self.recolor(read_frames(stream, window)) for window in choose(n, size)])
         height, width = windows.shape[-2:]
         x, y = max(width - height, 0) / 2, max(height - width, 0) / 2   # the square in the middle
         return windows, torch.tensor([[x, y, width - x, height - y]]).expand(len(windows), 4)
@@ -1033,14 +1047,23 @@ class Data(NamedTuple):
     """A data set ready to train on: unreadable clips are in neither `train` nor `eval`."""
     store: ClipStore
     classes: list[str]
-    labels: Tensor               # (N,) class indices or (N, C) multi-hot float32, by task
+    tags: bool                   # several labels a clip
     train: list[int]             # indices into store.clips
     eval: list[int]
+
+    def labels(self, clips: Sequence[int]) -> Tensor:
+        """Labels of clips: (n,) class indices or, for tags, (n, C) multi-hot float32."""
+        labels = [self.store.clips[i].labels for i in clips]
+        if not self.tags:
+            return torch.tensor([first for first, *_ in labels])
+        rows = torch.zeros(len(labels), len(self.classes))
+        rows[[n for n, own in enumerate(labels) for _ in own], [*itertools.chain(*labels)]] = 1.0
+        return rows
 
     def loader(self, clips: Sequence[int], spec: ViewSpec, protocol: str, batch_size: int, workers: int, seed: int = 0,
                teacher: Tensor | None = None) -> Any:
         """Shuffled batches of training views, or the windows of each clip in order."""
-        views = Views(self.store, spec, protocol, self.labels, teacher)
+        views = Views(self, spec, protocol, teacher)
         batches: Any = EpochBatches(clips, batch_size, seed) if protocol == "train" else [
             [(i, 0) for i in clips[b:b + batch_size]] for b in range(0, len(clips), batch_size)]
         return DataLoader(views, batch_sampler=batches, collate_fn=join_views, num_workers=workers,
@@ -1137,7 +1160,7 @@ def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = 
         parts = [network(prepare(views.to(device), box.to(device)))                                 # long clips have many
                  for views, box in zip(windows.split(64), boxes.split(64))]
         logits = torch.cat([part.logits for part in parts]).float()
-        probabilities = logits.sigmoid() if data.labels.ndim == 2 else logits.softmax(1)
+        probabilities = logits.sigmoid() if data.tags else logits.softmax(1)
         scores += [p.mean(0).cpu() for p in probabilities.split(counts)]
         pooled += [p.mean(0).cpu() for p in torch.cat([part.pooled for part in parts]).float().split(counts)]
         progress(step, len(loader))
@@ -1147,10 +1170,10 @@ def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = 
 def final_metrics(job: Job, network: nn.Module) -> dict[str, float]:
     """The task's final protocol: consecutive windows of every clip; for retrieval, training clips are the gallery."""
     (scores, queries), data = predict(job, network, job.data.eval), job.data
-    metrics = score(job.settings["task"], scores, data.labels[data.eval])
+    metrics = score(job.settings["task"], scores, data.labels(data.eval))
     if job.settings["task"] == "video_retrieval":
         _, gallery = predict(job, network, data.train, label="gallery")
-        metrics = {**retrieval_metrics(queries, gallery, data.labels[data.eval], data.labels[data.train]), **metrics}
+        metrics = {**retrieval_metrics(queries, gallery, data.labels(data.eval), data.labels(data.train)), **metrics}
     return metrics
 
 def make_distiller(job: Job, method: str, teacher: Tensor | None) -> nn.Module | None:
@@ -1160,7 +1183,7 @@ def make_distiller(job: Job, method: str, teacher: Tensor | None) -> nn.Module |
     classes, dim, train = len(job.data.classes), 8 * job.settings["width"], job.data.train
     if method in ("mnf", "xmkd"):
         return ModalityNoiseFilter(classes, dim, teacher_dim=teacher.shape[1])
-    probe = linear_probe(teacher[train], job.data.labels[train], classes) if method == "kd" else None
+    probe = linear_probe(teacher[train], job.data.labels(train), classes) if method == "kd" else None
     return Distiller(method, classes, dim, teacher.shape[1], job.settings["csc_offset"], probe)
 
 def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | None], optimizer: torch.optim.Optimizer,
@@ -1236,7 +1259,7 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
         content = {**about, "epoch": epoch, "seconds": time.time() - begun, "student": network.state_dict(),
                    "filter": helper.state_dict() if helper is not None else {}}
         if epoch % settings["eval_every"] == 0 or epoch == epochs:
-            metrics = score(task, predict(job, network, data.eval, "val")[0], data.labels[data.eval])
+            metrics = score(task, predict(job, network, data.eval, "val")[0], data.labels(data.eval))
             row = {"epoch": epoch, "lr": group["lr"], **losses, **metrics, "seconds": round(time.time() - begun, 1)}
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
@@ -1357,14 +1380,15 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     source = hashlib.sha256(Path(choice).read_bytes()).hexdigest() if file else "Kinetics-400" if network else choice
     needs = [settings[name] for name in
              ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")]
-    files = [[data.store.files[spec.kind][i] for i in part] for part in (data.train, data.eval)]
+    files = [[data.store.key(i, spec.kind) for i in part] for part in (data.train, data.eval)]
     labels = [data.store.clips[i].labels for i in data.train]
     folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes)}"
     if not (folder / "embeddings.pt").exists():
         folder.mkdir(parents=True, exist_ok=True)
         network, info = choose_teacher(job, folder, network)
         jobs = [(i, (spec.kind,)) for i in data.eval]
-        shared = [i for i, n, _ in data.store.decode(jobs, settings["workers"], console.progress("decoding")) if n]
+        done = data.store.decode(jobs, settings["workers"], console.progress("decoding"))
+        shared = [i for i, *_, reason in done if not reason]
         scores, pooled = predict(job, network, data.train + shared, label="teacher embeddings")
         known = "held_out" in info or (file and load_checkpoint(choice)["classes"] == data.classes)
         save(folder / "embeddings.pt", {"pooled": pooled, "shared": shared, "info": info,
@@ -1384,9 +1408,9 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
     embeddings = torch.zeros(len(data.store.clips), pooled.shape[1])
     embeddings[data.train + shared] = pooled
     if shared and scores is None:                                       # it has other classes or none
-        probe = linear_probe(embeddings[data.train], data.labels[data.train], len(data.classes))
+        probe = linear_probe(embeddings[data.train], data.labels(data.train), len(data.classes))
         scores, info["scored_by"] = probe(embeddings[shared]), "a linear probe on its embeddings"
-    return embeddings, {**info, "metrics": score(settings["task"], scores, data.labels[shared])} if shared else info
+    return embeddings, {**info, "metrics": score(settings["task"], scores, data.labels(shared))} if shared else info
 
 # ============================================== 11. Run support
 class Console:
@@ -1418,12 +1442,16 @@ class Console:
         return show
 
 def save(path: Path, content: Any) -> None:
-    """JSON or, for .pt, tensors and plain Python; written beside, flushed to disk and renamed: never half a file."""
+    """JSON, for .npy an array, for .pt tensors and plain Python; written beside, flushed, renamed: never half a file."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
-            write = torch.save if path.suffix == ".pt" else lambda c, f: f.write(json.dumps(c, indent=2).encode() + b"\n")
-            write(content, file)
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            elif path.suffix == ".npy":
+                np.save(file, content)
+            else:
+                file.write(json.dumps(content, indent=2).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -1538,6 +1566,8 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
         ("seeds", 1, COUNT, "how many seeds to run, counted up from --seed"),
         ("out", None, str, "run folder (default: runs/<task>-<data>-<method>-s<seed>)"),
         ("cache", None, str, "folder of decoded clips and teachers, may be shared by runs (default: <out>/cache)"),
+        ("raw-cache", False, FLAG, "keep frames as they are, not as JPEG: 12 times the space, faster, no loss"),
+        ("no-cache", False, {"action": "store_true"}, "keep no decoded clip, decode it again for every view"),
         ("eval", None, str, "a checkpoint to evaluate instead of training: ours, the authors' or PANNs'"),
         ("resume", False, {"action": "store_true"}, "go on from <out>/last.pt if there is one"),
         ("workers", min(8, (os.cpu_count() or 2) // 2), number(int, 0, 256), "loader processes"),
@@ -1641,10 +1671,14 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
         dials = {name: settings[name] for name in ("seed", "noise", "mismatch", "fps")}
         dials |= {"student": STUDENT_KIND[settings["task"]], "side": side}
         load, depends = partial(demo_stream, **dials), {"audio": dials, "video": dials}
-    store = ClipStore(cache, clips, load, depends)
-    jobs = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
+    store = ClipStore(None if settings["no_cache"] else cache, clips, load, depends, settings["raw_cache"])
+    jobs: list[tuple[int, Sequence[str]]] = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
+    if store.folder:
+        some = store.decode(jobs[::max(1, len(jobs) // 8)], settings["workers"], console.progress("decoding"))
+        size, free = len(jobs) * sum(n for _, _, n, _ in some) / len(some), shutil.disk_usage(out).free
+        console.say(f"cache   {cache}: about {size / 1e9:.2g} GB when all is decoded; its disk has {free / 1e9:.3g} GB free")
     done = store.decode(jobs, settings["workers"], console.progress("decoding"))
-    bad = {i: reason for i, _, reason in done if reason}
+    bad = {i: reason for i, *_, reason in done if reason}
     for i, reason in bad.items():
         path = next((path for path in (clips[i].video, clips[i].audio) if path and reason.startswith(f"{path}: ")), None)
         skipped.append((path or clips[i].audio or clips[i].id, reason.removeprefix(f"{path}: ")))
@@ -1657,18 +1691,18 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     if len(bad) > settings["max_skipped"] * len(clips):
         raise InputError(f"{len(bad)} of {len(clips)} clips are unreadable, more than the share --max-skipped "
                          f"{settings['max_skipped']:g}; the first: {next(iter(bad.values()))}")
-    labels = torch.zeros(len(clips), len(classes))
-    labels[tuple(torch.tensor([(i, label) for i, clip in enumerate(clips) for label in clip.labels]).T)] = 1.0
     training = any(clip.split == "train" for clip in clips)
     if not evaluation or (training and len(train) < 2):
         raise InputError(f"{len(train)} training and {len(evaluation)} evaluation clips can be read; it takes 2 and 1")
-    without = [name for name, used in zip(classes, labels[train].any(0)) if not used]
+    used = {label for i in train for label in clips[i].labels}
+    without = [name for label, name in enumerate(classes) if label not in used]
     if training and without:
         console.warn(f"{len(without)} of {len(classes)} classes have no training clip, such as {without[0]!r}")
-    longest = max((n for i, n, _ in done if needs[clips[i].split][0] == "audio"), default=0) / 32000
+    longest = max((n for i, lengths, *_ in done for kind, n in zip(needs[clips[i].split], lengths) if kind == "audio"),
+                  default=0) / 32000
     if longest and "eval" not in settings:
         settings["seconds"] = min(settings["seconds"], max(longest, 0.4))
-    return Data(store, classes, labels if settings["task"] == "audio_tagging" else labels.argmax(1), train, evaluation)
+    return Data(store, classes, settings["task"] == "audio_tagging", train, evaluation)
 
 def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> None:
     """A line a method: the mean of each metric and, over several seeds, its standard deviation."""
