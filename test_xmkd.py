@@ -729,7 +729,7 @@ def test_views_follow_from_their_seed_and_not_from_the_worker(tmp_path):
     data, spec = demo_data(tmp_path), xmkd.ViewSpec("video", frames=4, size=16)
     batches = []
     for workers in (0, 2):
-        loader = data.loader(data.train, spec, "train", 4, workers, seed=5)
+        loader = data.loader(data.train, spec, "train", {"batch_size": 4, "workers": workers, "mixup": False, "class_balanced": False}, seed=5)
         loader.batch_sampler.epoch = 3
         torch.manual_seed(workers)
         batches.append([[views, boxes] for views, boxes, *_ in loader])
@@ -984,7 +984,7 @@ def test_each_clip_gets_its_own_embedding(tmp_path, media):
     (job, _, _, teacher, _), (_, _, _, given, _) = seen
     job = job._replace(spec=job.spec._replace(kind="audio"))
     file, = [f for f in cache.glob("teacher-*/best.pt") if xmkd.load_checkpoint(f)["network"]["kind"] == "audio"
-             and torch.load(f.parent / "embeddings.pt")["pooled"].shape[0] == len(job.data.train + job.data.eval)][-1:]
+             and torch.load(f.parent / "embeddings.pt")["pooled"].shape[0] == len(job.data.store.clips)][-1:]
     network = xmkd.restore(job, "data", xmkd.load_checkpoint(file))
     for i in job.data.train[::5]:
         assert torch.allclose(xmkd.predict(job, network, [i])[1][0], teacher[i], atol=1e-4), job.data.store.clips[i].id

@@ -31,21 +31,25 @@ from __future__ import annotations
 import argparse
 import csv
 import fcntl
+import gc
 import gzip
 import hashlib
 import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import statistics
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -54,16 +58,19 @@ from typing import Any, NamedTuple, NoReturn
 import av
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from av.video.reformatter import VideoReformatter
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomResizedCrop, v2
 
 __version__ = "0.2.0"
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # of processes, set by torchrun
 
 class InputError(ValueError):
     """Input that its owner can mend: a file, a list, an option. `main` prints it as one line and exits with 2."""
@@ -82,8 +89,8 @@ def label_overlap(labels: Tensor) -> Tensor:
     if labels.ndim == 1:
         return (labels[:, None] == labels[None, :]).float()
     tags = labels if labels.is_floating_point() else labels.float()
-    shared = tags @ tags.T                                                    # (B, B) tags in common
-    union = tags.sum(1)[:, None] + tags.sum(1)[None, :] - shared
+    shared, size = tags @ tags.T, tags.square().sum(1)                        # (B, B) tags in common; squares: for mixup
+    union = size[:, None] + size[None, :] - shared
     return torch.where(union > 0, shared / union.clamp_min(1), 1.0)
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -161,17 +168,44 @@ class ModalityNoiseFilter(nn.Module):
         evidence = self.trans_sv(selected[:, 0])                                         # (B, D)
         return Filtered(purified, evidence, self.sv_cls_classifier(evidence), gate, attention[:, 0])
 
+class AllReduce(torch.autograd.Function):
+    """Sum over all processes of a tensor and, backwards, of its gradient."""
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return AllReduce.apply(gradient.contiguous())
+
+def gather(values: Any) -> Any:
+    """Under torchrun all processes' equal parts, joined by rank, with gradient; else the values. Tensors, tuples, None.
+
+    The contrast is what the batch size buys, so CSC sees the whole batch. Each process gets the gradient times their
+    number, which DistributedDataParallel divides by it. Ours.
+    """
+    if values is None or not dist.is_initialized():
+        return values
+    if isinstance(values, tuple):
+        return type(values)(*map(gather, values))
+    whole = values.new_zeros(dist.get_world_size(), *values.shape)
+    whole[dist.get_rank()] = values
+    return AllReduce.apply(whole).flatten(0, 1)
+
 def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: torch.optim.Optimizer, inputs: Tensor,
                teacher: Tensor | None, labels: Tensor, offset: float = 0.07, margin: float = 0.2, sparsity: float = 1e-3,
                calibrate: bool = True) -> dict[str, Tensor]:
     """One whole update; returns the detached loss terms as weighted in the sum. Numbers are the title page's.
 
     inputs (B, ...) for the student, teacher (B, D) embeddings, labels (B,) or (B, C); any float dtype.
+    Under torchrun each process passes its part of the batch and its student in DistributedDataParallel.
     noise_filter  a ModalityNoiseFilter; None: no distillation; or a `Distiller`, whose loss `distill` stands for 2 to 4
     calibrate     False: the temperature of every pair is `offset` (method mnf)
     """
     student.train()
-    features = student(inputs)                                                                        # 1. student
+    features, teacher, labels = map(gather, (student(inputs), teacher, labels))                       # 1. student
     student_terms, filter_terms = {"cls": classification_loss(features.logits, labels)}, {}
     if isinstance(noise_filter, ModalityNoiseFilter):
         filtered = noise_filter.train()(teacher, features.map)                                        # 2. filter
@@ -601,12 +635,12 @@ def walk_files(root: str | Path, *endings: str) -> Iterator[str]:
             continue
         seen.add(here)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (os.path.join(folder, name) for name in files if name[0] != "." and name.endswith(endings or ""))
+        yield from (f"{folder}/{name}" for name in files if name[0] != "." and name.endswith(endings or ""))
 
 def walk_media(root: str | Path) -> list[str]:
     """Sorted paths of the media files under `root`, told by extension."""
     pictures = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".hdf5")
-    return sorted(path for path in walk_files(root) if is_sound_only(path) or path.lower().endswith(pictures))
+    return sorted(path for path in walk_files(root) if path.lower().endswith(pictures) or is_sound_only(path))
 
 def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]], root: str | Path,
                 skipped: list[tuple[str, str]] | None) -> list[Clip]:
@@ -626,7 +660,7 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
                          f"files seen: {seen}; names must agree")
     if skipped is not None:
         skipped += [(listed[key].id, "missing: listed, but no file has its name") for key in listed if key not in found]
-    return [clip._replace(audio=sound.get(key), video=picture.get(key)) for key, clip in listed.items() if key in found]
+    return [Clip(*clip[:3], sound.get(key), picture.get(key), *clip[5:]) for key, clip in listed.items() if key in found]
 
 def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
     """("file:line", fields) of each row of a list in CSV."""
@@ -637,7 +671,7 @@ def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
 def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[tuple[str, Clip]]:
     """("file:line", clip) of an AudioSet list, `id, start, end, "mid,mid"`; tolerates what editors do to such files."""
     for place, row in read_rows(table):
-        fields = [f for f in (field.strip(' "') for field in ",".join(row).split(",")) if f]
+        fields = [*filter(None, map(str.strip, ",".join(row).replace('"', "").split(",")))]
         if not fields or fields[0].startswith("#"):
             continue
         try:
@@ -679,8 +713,10 @@ def read_audioset(root: str | Path, split: str = "balanced",
                 if listed.setdefault(clip.id, clip) is not clip:
                     skipped.append((f"{clip.id} ({place})", "listed twice; the first row counts"))
     def owners(name: str) -> list[str]:                       # bare id first: ids may begin with any of the prefixes
-        starts = [name.removeprefix(prefix)[:11] for prefix in ("", "Y", "v_", "id_", "v")]
-        return [ytid for ytid in starts if ytid in listed][:1]
+        for prefix in ("", "Y", "v_", "id_", "v"):
+            if (ytid := name.removeprefix(prefix)[:11]) in listed:
+                return [ytid]
+        return []
     return match_files(listed, owners, root, skipped), classes
 
 def read_ucf101(root: str | Path, fold: int = 1,
@@ -938,7 +974,7 @@ class ClipStore(Dataset[Any]):
             raise InputError(f"{type(error).__name__}: {error}") from error
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
-            save(file, array)
+            write(file, array)
         return array
 
     def __getitem__(self, job: tuple[int, Sequence[str]]) -> tuple[int, list[int], int, str]:
@@ -951,12 +987,15 @@ class ClipStore(Dataset[Any]):
 
     def decode(self, jobs: list[tuple[int, Sequence[str]]], workers: int,
                progress: Callable[[int, int], None]) -> list[tuple[int, list[int], int, str]]:
-        """The result of every job, in order, done by `workers` processes."""
-        done = []
-        for result in DataLoader(self, sampler=jobs, batch_size=None, num_workers=workers):  # type: ignore[arg-type]
+        """The result of every job, in order, done by `workers` processes of each of torchrun's."""
+        own, done = jobs[RANK::WORLD], []
+        for result in DataLoader(self, sampler=own, batch_size=None, num_workers=workers):  # type: ignore[arg-type]
             done.append(result)
-            progress(len(done), len(jobs))
-        return done
+            progress(len(done), len(own))
+        shares: list[Any] = [done] * WORLD
+        if WORLD > 1:
+            dist.all_gather_object(shares, done)
+        return [shares[k % WORLD][k // WORLD] for k in range(len(jobs))]
 
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
     """Frame indices of up to `count` even windows of `size` out of n; stops at the first short one, looped. Authors."""
@@ -1028,20 +1067,30 @@ def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
     return torch.cat([*views]), torch.cat(boxes), [len(view) for view in views], *(torch.stack(part) for part in rest)
 
 class EpochBatches(Sampler[Any]):
-    """Shuffled batches of (clip, view seed), given by seed and `epoch`; a last batch of one joins the one before."""
-    def __init__(self, clips: Sequence[int], batch_size: int, seed: int) -> None:
+    """Shuffled batches of (clip, view seed), given by seed and `epoch`; under torchrun each process's part of them.
+
+    weights   chance of each clip, drawn with replacement; None: each clip once an epoch
+    multiple  batches hold a multiple of so many clips; a last one of fewer than twice that joins the one before
+    """
+    def __init__(self, clips: Sequence[int], batch_size: int, seed: int, weights: Tensor | None = None,
+                 multiple: int = WORLD) -> None:
         self.clips, self.batch_size, self.seed, self.epoch = list(clips), batch_size, seed, 0
+        self.weights, self.multiple = weights, multiple
 
     def __len__(self) -> int:
-        return max(1, len(self.clips) // self.batch_size + (len(self.clips) % self.batch_size > 1))
+        n, size = len(self.clips), self.batch_size
+        return max(1, n // size + (n % size >= 2 * self.multiple))
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        order = torch.randperm(len(self.clips), generator=generator).tolist()
-        seeds = torch.randint(2 ** 62, (len(order),), generator=generator).tolist()
+        generator, n = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch), len(self.clips)
+        order = (torch.randperm(n, generator=generator) if self.weights is None else
+                 torch.multinomial(self.weights, n, replacement=True, generator=generator)).tolist()
+        seeds = torch.randint(2 ** 62, (n,), generator=generator).tolist()
         keys = [(self.clips[i], seed) for i, seed in zip(order, seeds)]
         for b in range(len(self)):
-            yield keys[b * self.batch_size:None if b == len(self) - 1 else (b + 1) * self.batch_size]
+            batch = keys[b * self.batch_size:None if b == len(self) - 1 else (b + 1) * self.batch_size]
+            part = len(batch) // self.multiple * self.multiple // WORLD
+            yield batch[RANK * part:(RANK + 1) * part]
 
 class Data(NamedTuple):
     """A data set ready to train on: unreadable clips are in neither `train` nor `eval`."""
@@ -1060,14 +1109,20 @@ class Data(NamedTuple):
         rows[[n for n, own in enumerate(labels) for _ in own], [*itertools.chain(*labels)]] = 1.0
         return rows
 
-    def loader(self, clips: Sequence[int], spec: ViewSpec, protocol: str, batch_size: int, workers: int, seed: int = 0,
+    def loader(self, clips: Sequence[int], spec: ViewSpec, protocol: str, settings: dict[str, Any], seed: int = 0,
                teacher: Tensor | None = None) -> Any:
         """Shuffled batches of training views, or the windows of each clip in order."""
-        views = Views(self, spec, protocol, teacher)
-        batches: Any = EpochBatches(clips, batch_size, seed) if protocol == "train" else [
-            [(i, 0) for i in clips[b:b + batch_size]] for b in range(0, len(clips), batch_size)]
-        return DataLoader(views, batch_sampler=batches, collate_fn=join_views, num_workers=workers,
-                          persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
+        views, size, batches = Views(self, spec, protocol, teacher), settings["batch_size"], None
+        if protocol == "train":
+            weights, pairs = None, 2 if settings["mixup"] else 1
+            if settings["class_balanced"]:              # a class at random, then one of its clips, as PANNs does
+                owned = Counter(label for i in clips for label in self.store.clips[i].labels)
+                weights = torch.tensor([sum(1 / owned[label] for label in self.store.clips[i].labels) for i in clips])
+            batches = EpochBatches(clips, pairs * size, seed, weights, pairs * WORLD)
+        return DataLoader(views, batch_sampler=batches or [  # type: ignore[arg-type]
+            [(i, 0) for i in clips[b:b + size]] for b in range(0, len(clips), size)], collate_fn=join_views,
+            num_workers=settings["workers"], persistent_workers=settings["workers"] > 0,
+            pin_memory=torch.cuda.is_available())
 
 # ============================================== 8. Metrics (fractions in 0..1)
 def ranked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -1150,10 +1205,14 @@ class Job(NamedTuple):
 @torch.no_grad()
 def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = "test",
             label: str = "evaluation") -> tuple[Tensor, Tensor]:
-    """Window-averaged probabilities (N, C) and embeddings (N, D) of clips, on the CPU; the network's mode is restored."""
+    """Window-averaged probabilities (N, C) and embeddings (N, D) of clips, on the CPU; the network's mode is restored.
+
+    Torchrun's processes share the clips, as many each, some twice; every clip counts once.
+    """
     settings, data, spec, console = job
     device, training, progress = next(network.parameters()).device, network.training, console.progress(label)
-    loader = data.loader(clips, spec, protocol, settings["batch_size"], settings["workers"])
+    share = [clips[k % len(clips)] for k in range(RANK, math.ceil(len(clips) / WORLD) * WORLD, WORLD)]
+    loader = data.loader(share, spec, protocol, settings)
     prepare, scores, pooled = Prepare(spec.size).to(device), [], []
     network.eval()
     for step, (windows, boxes, counts) in enumerate(loader, 1):
@@ -1165,7 +1224,7 @@ def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = 
         pooled += [p.mean(0).cpu() for p in torch.cat([part.pooled for part in parts]).float().split(counts)]
         progress(step, len(loader))
     network.train(training)
-    return torch.stack(scores), torch.stack(pooled)
+    return join_shares(torch.stack(scores), len(clips)), join_shares(torch.stack(pooled), len(clips))
 
 def final_metrics(job: Job, network: nn.Module) -> dict[str, float]:
     """The task's final protocol: consecutive windows of every clip; for retrieval, training clips are the gallery."""
@@ -1175,6 +1234,15 @@ def final_metrics(job: Job, network: nn.Module) -> dict[str, float]:
         _, gallery = predict(job, network, data.train, label="gallery")
         metrics = {**retrieval_metrics(queries, gallery, data.labels(data.eval), data.labels(data.train)), **metrics}
     return metrics
+
+def mixup(*parts: Tensor) -> list[Tensor]:
+    """Neighbours of a batch mixed at a random weight, as PANNs does (arXiv 1710.09412): (2B, ...) -> (B, ...) of each.
+
+    PANNs mixes inside the network, behind its first normalisation; that embeddings are mixed as well is ours.
+    """
+    weights = torch.rand(len(parts[0]) // 2, device=parts[0].device)
+    by_clip = [weights.view(-1, *[1] * (part.ndim - 1)) for part in parts]
+    return [weight * part[0::2] + (1 - weight) * part[1::2] for weight, part in zip(by_clip, parts)]
 
 def make_distiller(job: Job, method: str, teacher: Tensor | None) -> nn.Module | None:
     """What a method trains beside the student: the noise filter, a `Distiller` or nothing."""
@@ -1192,8 +1260,11 @@ def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | No
     device, settings, history, terms = prepare.mean.device, job.settings, [], {}
     for step, (views, boxes, _, *rest) in enumerate(loader, 1):
         views, boxes, labels, embedding = (x.to(device, non_blocking=True) for x in (views, boxes, *rest))
-        terms = train_step(*networks, optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"],
-                           settings["margin"], settings["sparsity"], calibrate)
+        inputs = prepare(views, boxes)
+        if settings["mixup"]:
+            inputs, embedding, labels = mixup(inputs, embedding, labels)
+        terms = train_step(*networks, optimizer, inputs, embedding, labels, settings["csc_offset"], settings["margin"],
+                           settings["sparsity"], calibrate)
         history.append(torch.stack([*terms.values()]))
         progress(step)
     values = torch.stack(history).cpu()                                 # (steps, terms), brought over once an epoch
@@ -1205,7 +1276,7 @@ def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | No
                          f"{dict(zip(terms, values[step].tolist()))}; clips {', '.join(ids)}; lower --lr")
     return dict(zip(terms, values.mean(0).tolist()))
 
-def take_up(out: Path, about: dict[str, Any], own: bool) -> dict[str, Any]:
+def take_up(out: Path, log: Path, about: dict[str, Any], own: bool) -> dict[str, Any]:
     """What last.pt holds; with `own` settings, InputError if one differs that must not. The log is cut to its epoch."""
     saved = load_checkpoint(out / "last.pt")
     pairs = {key: (saved[key], about[key]) for key in ("method", "seed", "classes", "network")}
@@ -1213,9 +1284,22 @@ def take_up(out: Path, about: dict[str, Any], own: bool) -> dict[str, Any]:
     for key, (old, new) in pairs.items():
         if own and old != new:
             raise InputError(f"--resume: {key} was {old!r} in {out}/last.pt and is {new!r} now; keep it or change --out")
-    rows = (out / "log.jsonl").read_text().splitlines(keepends=True)
-    (out / "log.jsonl").write_text("".join(row for row in rows if json.loads(row)["epoch"] <= saved["epoch"]))
+    rows = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(row for row in rows if json.loads(row)["epoch"] <= saved["epoch"]))
     return saved
+
+def set_up(job: Job, method: str, seed: int,
+           teacher: Tensor | None) -> tuple[nn.Module, nn.Module, nn.Module | None, torch.optim.Adam, dict[str, Any]]:
+    """What a method trains, drawn from the seed: network, the same as `train_step` calls it, helper, optimizer, sizes."""
+    settings, data, spec, _ = job
+    torch.manual_seed(seed)
+    sizes = {"kind": spec.kind, "num_classes": len(data.classes), "width": settings["width"]}
+    network = equip(make_network(**sizes), settings)
+    helper = make_distiller(job, method, teacher)
+    helper = helper.to(settings["device"]) if helper is not None else None
+    filter_lr = 0.2 if isinstance(helper, ModalityNoiseFilter) else 1.0
+    optimizer = make_optimizer(network, helper, settings["lr"], settings["weight_decay"], filter_lr)
+    return network, distribute(network, helper, optimizer) if WORLD > 1 else network, helper, optimizer, sizes
 
 def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> nn.Module:
     """Trains one network by one method; config.json, log.jsonl, best.pt and last.pt lie in `out` when it returns.
@@ -1223,46 +1307,45 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
     An epoch's order, views and SpecAugment depend on seed and epoch alone, so a run can be taken up after any of them.
     """
     settings, data, spec, console = job
-    task, epochs, device = settings["task"], settings["epochs"], settings["device"]
-    begun, first, best = time.time(), 1, -1.0
-    torch.manual_seed(seed)
-    sizes = {"kind": spec.kind, "num_classes": len(data.classes), "width": settings["width"]}
-    network, helper = make_network(**sizes).to(device), make_distiller(job, method, teacher)
-    helper = helper.to(device) if helper is not None else None
-    filter_lr = 0.2 if isinstance(helper, ModalityNoiseFilter) else 1.0
-    optimizer = make_optimizer(network, helper, settings["lr"], settings["weight_decay"], filter_lr)
+    task, epochs, begun, first, best = settings["task"], settings["epochs"], time.time(), 1, -1.0
+    network, trained, helper, optimizer, sizes = set_up(job, method, seed, teacher)
     rates = [group["lr"] for group in optimizer.param_groups]
-    prepare = Prepare(spec.size, settings["spec_augment"]).to(device)
+    prepare = Prepare(spec.size, settings["spec_augment"]).to(settings["device"])
     about = {"task": task, "method": method, "seed": seed, "classes": data.classes, "network": sizes,
-             "settings": settings, "versions": dict(xmkd=__version__, torch=str(torch.__version__), av=av.__version__)}
+             "settings": settings, "processes": WORLD,
+             "versions": {"xmkd": __version__, "torch": str(torch.__version__), "av": av.__version__}}
     name = method if spec.kind == STUDENT_KIND[task] else "teacher"                         # a teacher's folder is keyed
     out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.jsonl" if RANK == 0 else Path(os.devnull)
     if settings["resume"] and (out / "last.pt").exists():
-        saved = take_up(out, about, own=name == method)
+        saved = take_up(out, log, about, own=name == method)
+        if saved.get("processes", 1) != WORLD:
+            console.warn(f"resumed with {WORLD} processes after {saved.get('processes', 1)}: results may differ a little")
         network.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])
         if helper is not None:
             helper.load_state_dict(saved["filter"])
         begun, first, best = begun - saved["seconds"], saved["epoch"] + 1, saved["best"]
     else:
-        (out / "log.jsonl").write_text("")
+        log.write_text("")
     save(out / "config.json", about)
-    loader = data.loader(data.train, spec, "train", settings["batch_size"], settings["workers"], seed, teacher)
+    loader = data.loader(data.train, spec, "train", settings, seed, teacher)
     show, steps = console.progress(f"{name} ({spec.kind}), seed {seed}"), len(loader)
     for epoch in range(first, epochs + 1):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate * (0.1 if epoch > 0.75 * epochs else 1.0)                    # authors: after 150 of 200
         loader.batch_sampler.epoch, done = epoch, (epoch - first) * steps
-        torch.manual_seed(1_000_003 * seed + epoch)
-        losses = train_epoch(job, loader, (network, helper), optimizer, prepare, method != "mnf",
+        torch.manual_seed((1_000_003 * seed + epoch) * WORLD + RANK)
+        losses = train_epoch(job, loader, (trained, helper), optimizer, prepare, method != "mnf",
                              lambda step: show(done + step, (epochs - first + 1) * steps))
         content = {**about, "epoch": epoch, "seconds": time.time() - begun, "student": network.state_dict(),
                    "filter": helper.state_dict() if helper is not None else {}}
         if epoch % settings["eval_every"] == 0 or epoch == epochs:
             metrics = score(task, predict(job, network, data.eval, "val")[0], data.labels(data.eval))
-            row = {"epoch": epoch, "lr": group["lr"], **losses, **metrics, "seconds": round(time.time() - begun, 1)}
-            with (out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
+            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], **losses, **metrics,
+                   "seconds": round(time.time() - begun, 1)}
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
             if name == method:
                 console.say(f"  {name} s{seed}  " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
             if metrics[CHECK_METRIC[task]] > best:
@@ -1304,7 +1387,7 @@ def restore(job: Job, option: str, saved: dict[str, Any]) -> nn.Module:
     if kind != job.spec.kind:
         raise InputError(f"--{option} {settings[option]} is a network for {kind}; --task {settings['task']} needs one "
                          f"for {job.spec.kind}")
-    network = make_network(**saved["network"]).to(settings["device"])
+    network = equip(make_network(**saved["network"]), settings)
     network.load_state_dict(saved["student"])
     return network
 
@@ -1362,8 +1445,8 @@ def choose_teacher(job: Job, folder: Path, network: nn.Module | None) -> tuple[n
     return restore(job, "teacher", load_checkpoint(choice)), {"kind": f"checkpoint {choice}"}
 
 def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
-    """`pooled`: the teacher's embeddings of the training clips and of the `shared` evaluation clips that have its
-    modality; `scores` of the latter, if it knows the classes; `info`. Kept in `cache`, keyed by what they depend on.
+    """`pooled` (N, D): the teacher's embeddings of the training clips and the `shared` evaluation clips that have its
+    modality, else zeros; `scores` of the latter, if it knows the classes; `info`. A file in `cache`, memory-mapped.
     """
     settings, data, spec, console = job
     choice, network = settings["teacher"], None
@@ -1382,18 +1465,20 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
              ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")]
     files = [[data.store.key(i, spec.kind) for i in part] for part in (data.train, data.eval)]
     labels = [data.store.clips[i].labels for i in data.train]
-    folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes)}"
+    folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes, data.train, data.eval)}"
     if not (folder / "embeddings.pt").exists():
         folder.mkdir(parents=True, exist_ok=True)
         network, info = choose_teacher(job, folder, network)
         jobs = [(i, (spec.kind,)) for i in data.eval]
         done = data.store.decode(jobs, settings["workers"], console.progress("decoding"))
         shared = [i for i, *_, reason in done if not reason]
-        scores, pooled = predict(job, network, data.train + shared, label="teacher embeddings")
+        scores, found = predict(job, network, data.train + shared, label="teacher embeddings")
+        pooled = torch.zeros(len(data.store.clips), found.shape[1])
+        pooled[data.train + shared] = found
         known = "held_out" in info or (file and load_checkpoint(choice)["classes"] == data.classes)
         save(folder / "embeddings.pt", {"pooled": pooled, "shared": shared, "info": info,
                                         "scores": scores[len(data.train):] if known else None})
-    return torch.load(folder / "embeddings.pt", weights_only=True)
+    return torch.load(folder / "embeddings.pt", weights_only=True, mmap=True)
 
 def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
     """Teacher embeddings (N, D), zeros where there is none, and what the teacher is; its own score is in `metrics`."""
@@ -1401,12 +1486,13 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
     if folder := settings.get("teacher_features"):
         files, clips = find_features(folder, data.store.clips), data.store.clips
         shared = [i for i in data.eval if clips[i].id in files]
-        pooled, scores = read_features([files[clips[i].id] for i in data.train + shared]), None
+        found, scores = read_features([files[clips[i].id] for i in data.train + shared]), None
         info: dict[str, Any] = {"kind": f"embeddings {folder}"}
+        embeddings = torch.zeros(len(clips), found.shape[1])
+        embeddings[data.train + shared] = found
     else:
-        pooled, shared, info, scores = (run_teacher(job, cache)[key] for key in ("pooled", "shared", "info", "scores"))
-    embeddings = torch.zeros(len(data.store.clips), pooled.shape[1])
-    embeddings[data.train + shared] = pooled
+        kept = run_teacher(job, cache)
+        embeddings, shared, info, scores = kept["pooled"], kept["shared"], kept["info"], kept["scores"]
     if shared and scores is None:                                       # it has other classes or none
         probe = linear_probe(embeddings[data.train], data.labels(data.train), len(data.classes))
         scores, info["scored_by"] = probe(embeddings[shared]), "a linear probe on its embeddings"
@@ -1416,7 +1502,7 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
 class Console:
     """Lines for people. Progress rewrites one line on a terminal, is a line every 20 s elsewhere; `quiet` mutes both."""
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet, self.terminal, self.warnings = quiet, sys.stdout.isatty(), []
+        self.quiet, self.terminal, self.warnings = quiet or RANK > 0, sys.stdout.isatty(), []
         self.clear = "\r\x1b[K" if self.terminal else ""
 
     def say(self, text: str) -> None:
@@ -1427,7 +1513,8 @@ class Console:
     def warn(self, text: str) -> None:
         """One line on stderr, kept for results.json."""
         self.warnings.append(text)
-        print(f"{self.clear}warning: {text}", file=sys.stderr, flush=True)
+        if RANK == 0:
+            print(f"{self.clear}warning: {text}", file=sys.stderr, flush=True)
 
     def progress(self, label: str) -> Callable[[int, int], None]:
         """A function of (done, total) that shows the share done and the time left."""
@@ -1441,7 +1528,7 @@ class Console:
                       f"{left % 60:02} s left", end="" if self.terminal else "\n", flush=True)
         return show
 
-def save(path: Path, content: Any) -> None:
+def write(path: Path, content: Any) -> None:
     """JSON, for .npy an array, for .pt tensors and plain Python; written beside, flushed, renamed: never half a file."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -1457,6 +1544,60 @@ def save(path: Path, content: Any) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)                                    # there if the disk is full or the run was stopped
+
+def save(path: Path, content: Any) -> None:
+    """`write` for all: under torchrun process 0 does it and the others wait."""
+    if RANK == 0:
+        write(path, content)
+    if WORLD > 1:
+        dist.barrier()
+
+def join_shares(rows: Tensor, total: int) -> Tensor:
+    """Rows that torchrun's processes hold in turn, as many each, in order; the first `total` of them."""
+    shares = [rows]
+    if WORLD > 1:
+        shares = [torch.empty_like(rows) for _ in range(WORLD)]
+        dist.all_gather(shares, rows)
+    return torch.stack(shares, dim=1).flatten(0, 1)[:total]
+
+def equip(network: nn.Module, settings: dict[str, Any]) -> nn.Module:
+    """A network on the run's device, computing as --amp and --compile say; what it returns stays float32."""
+    network = network.to(settings["device"])
+    if settings["amp"] == "bf16":
+        forward = torch.autocast(torch.device(settings["device"]).type, torch.bfloat16)(network.forward)
+        network.forward = lambda inputs: Features(*(part.float() for part in forward(inputs)))  # type: ignore[assignment]
+    if settings["compile"]:
+        network.compile()
+    return network
+
+def synced_batch_norm(norm: Any, x: Tensor) -> Tensor:
+    """Batch normalisation by the statistics of all processes' parts, where nn.SyncBatchNorm has no kernel (CPU)."""
+    if not norm.training:
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    axes, column, n = [0, *range(2, x.ndim)], (-1, *[1] * (x.ndim - 2)), x.numel() // x.shape[1] * WORLD
+    mean = AllReduce.apply(x.mean(axes)) / WORLD
+    variance = AllReduce.apply((x - mean.view(column)).square().mean(axes)) / WORLD
+    norm.running_mean.lerp_(mean.detach(), norm.momentum)
+    norm.running_var.lerp_(variance.detach() * n / (n - 1), norm.momentum)
+    norm.num_batches_tracked += 1
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    return (x - mean.view(column)) * scale.view(column) + norm.bias.view(column)
+
+def distribute(network: nn.Module, helper: nn.Module | None, optimizer: torch.optim.Optimizer) -> nn.Module:
+    """Under torchrun: the network as one of several that train as one; the helper, whole in each, is kept the same."""
+    warnings.filterwarnings("ignore", "Grad strides do not match")      # of 1 x 1 kernels; harmless
+    device = next(network.parameters()).device
+    if device.type == "cuda":
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for norm in [m for m in network.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))]:
+        norm.forward = partial(synced_batch_norm, norm)  # type: ignore[method-assign]
+    def average(*_: Any) -> None:                                       # each has the whole gradient, to rounding
+        for parameter in helper.parameters() if helper is not None else []:
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= WORLD
+    optimizer.register_step_pre_hook(average)
+    return nn.parallel.DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
 def network_of(state: dict[str, Tensor]) -> dict[str, Any]:
     """The arguments of `make_network` that a state dict fits. KeyError if it is of another family."""
@@ -1541,7 +1682,9 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
         ("crop-area", 0.25, number(float, 0.01, 1), "smallest area of a training crop, share of the frame (authors)"),
         ("flip", True, FLAG, "mirror half of the training views (authors); not where left and right matter"),
         ("strong", False, FLAG, "grey views, in training also inverted and rotated (ours); for small data sets"),
-        ("spec-augment", True, FLAG, "mask stripes of training spectrograms (PANNs)")],
+        ("spec-augment", True, FLAG, "mask stripes of training spectrograms (PANNs)"),
+        ("mixup", False, FLAG, "mix pairs of clips: log-mel, tags, embeddings (PANNs; audio tagging)"),
+        ("class-balanced", None, FLAG, "draw a class, then one of its clips (PANNs; default: for the unbalanced list)")],
     "method": [
         ("method", None, METHODS, "xmkd (default): MNF + CSC; mnf: MNF with a constant temperature; csc: CSC on the "
          "unfiltered teacher; student: no teacher; kd, fitnet, crd, ccl: other distillation methods"),
@@ -1557,7 +1700,7 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
         ("width", 64, number(int, 2, 1024), "channels of the first stage; D is 8 times that (authors)")],
     "optimisation": [
         ("epochs", 200, COUNT, "passes over the training clips, the last quarter at a tenth of the rate (authors)"),
-        ("batch-size", 32, number(int, 2, 10 ** 6), "clips a step (authors)"),
+        ("batch-size", 32, number(int, 2, 10 ** 6), "clips a step, of all processes together (authors)"),
         ("lr", 3e-4, number(float, 0, 10), "Adam's rate for the student, a fifth of it for the filter (authors)"),
         ("weight-decay", 5e-4, SHARE, "Adam's coupled L2 (authors)"),
         ("eval-every", 5, COUNT, "epochs between evaluations (authors)")],
@@ -1569,9 +1712,12 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
         ("raw-cache", False, FLAG, "keep frames as they are, not as JPEG: 12 times the space, faster, no loss"),
         ("no-cache", False, {"action": "store_true"}, "keep no decoded clip, decode it again for every view"),
         ("eval", None, str, "a checkpoint to evaluate instead of training: ours, the authors' or PANNs'"),
+        ("benchmark", False, {"action": "store_true"}, "measure loader and training step at the given sizes instead"),
         ("resume", False, {"action": "store_true"}, "go on from <out>/last.pt if there is one"),
         ("workers", min(8, (os.cpu_count() or 2) // 2), number(int, 0, 256), "loader processes"),
         ("device", "auto", str, "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one"),
+        ("amp", "auto", ["auto", "bf16", "none"], "precision of the networks only; auto: bf16 on a GPU with it"),
+        ("compile", False, FLAG, "torch.compile the networks: slow to start, faster from then on"),
         ("quiet", False, {"action": "store_true"}, "print warnings and errors only")]}
 DEFAULTS = {name.replace("-", "_"): value for name, value, *_ in itertools.chain(*OPTIONS.values()) if value is not None}
 RECIPES: dict[str, dict[str, Any]] = {                                  # what a data set's own defaults change
@@ -1581,7 +1727,7 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # what a
     "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
              "crop_area": 0.7, "csc_offset": 0.3}}
 RUN_OPTIONS = {"out", "cache", "eval", "resume", "workers", "device", "quiet", "compare", "method",
-               "seeds", "seed", "epochs", "max_skipped"}                # what a checkpoint may differ in and be resumed
+               "seeds", "seed", "epochs", "max_skipped", "no_cache", "compile"}      # may differ on --resume
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options not given are absent: the checkpoint's or the data set's recipe fills them in."""
@@ -1633,7 +1779,7 @@ def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, s
     if layout == "audioset" and task != "audio_tagging":
         raise InputError(f"--task {task} needs one label a clip, AudioSet's have several; use --task audio_tagging")
     if layout == "demo":
-        clips, classes = demo_clips(task == "audio_tagging")
+        clips, classes = demo_clips(task == "audio_tagging", *((64, 1) if settings["benchmark"] else ()))
     else:
         choice = {"audioset": {"split": settings["split"]}, "ucf101": {"fold": settings["fold"]}}.get(layout, {})
         clips, classes = READERS[layout](root, **choice, skipped=skipped)
@@ -1663,7 +1809,10 @@ def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, s
 def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, console: Console) -> Data:
     """Indexes a data set, decodes it, writes skipped.csv; fits settings["seconds"] to the clips. Raises InputError."""
     skipped: list[tuple[str, str]] = []
+    gc.disable()                                                        # millions of clips are searched for no cycle,
     clips, classes, needs = list_clips(layout, settings, skipped, console)
+    gc.enable()
+    gc.freeze()                                                         # and not copied into the loader's processes
     side = round(settings["size"] * 128 / 112)                          # 112 is cropped from a shorter side of 128
     load: Any = partial(load_stream, fps=settings["fps"], size=side)
     depends: dict[str, Any] = {"audio": [], "video": [settings["fps"], side]}
@@ -1676,13 +1825,14 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     if store.folder:
         some = store.decode(jobs[::max(1, len(jobs) // 8)], settings["workers"], console.progress("decoding"))
         size, free = len(jobs) * sum(n for _, _, n, _ in some) / len(some), shutil.disk_usage(out).free
-        console.say(f"cache   {cache}: about {size / 1e9:.2g} GB when all is decoded; its disk has {free / 1e9:.3g} GB free")
+        console.say(f"cache   {cache}: about {size / 1e9:.2g} GB when all is decoded; {free / 1e9:.3g} GB are free there")
     done = store.decode(jobs, settings["workers"], console.progress("decoding"))
     bad = {i: reason for i, *_, reason in done if reason}
     for i, reason in bad.items():
         path = next((path for path in (clips[i].video, clips[i].audio) if path and reason.startswith(f"{path}: ")), None)
         skipped.append((path or clips[i].audio or clips[i].id, reason.removeprefix(f"{path}: ")))
-    with (out / "skipped.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    report = out / "skipped.csv" if RANK == 0 else Path(os.devnull)
+    with report.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "reason"), *skipped])
     train, evaluation = ([i for i in range(len(clips)) if clips[i].split == part and i not in bad]
                          for part in ("train", "eval"))
@@ -1692,15 +1842,16 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
         raise InputError(f"{len(bad)} of {len(clips)} clips are unreadable, more than the share --max-skipped "
                          f"{settings['max_skipped']:g}; the first: {next(iter(bad.values()))}")
     training = any(clip.split == "train" for clip in clips)
-    if not evaluation or (training and len(train) < 2):
-        raise InputError(f"{len(train)} training and {len(evaluation)} evaluation clips can be read; it takes 2 and 1")
+    least = 2 * WORLD * (2 if settings["mixup"] else 1)
+    if not evaluation or (training and len(train) < least):
+        raise InputError(f"{len(train)} training and {len(evaluation)} evaluation clips can be read; needs {least} and 1")
     used = {label for i in train for label in clips[i].labels}
     without = [name for label, name in enumerate(classes) if label not in used]
     if training and without:
         console.warn(f"{len(without)} of {len(classes)} classes have no training clip, such as {without[0]!r}")
     longest = max((n for i, lengths, *_ in done for kind, n in zip(needs[clips[i].split], lengths) if kind == "audio"),
                   default=0) / 32000
-    if longest and "eval" not in settings:
+    if longest and "eval" not in settings and not settings["benchmark"]:
         settings["seconds"] = min(settings["seconds"], max(longest, 0.4))
     return Data(store, classes, settings["task"] == "audio_tagging", train, evaluation)
 
@@ -1717,11 +1868,13 @@ def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> No
 
 def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
     """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint of --eval."""
-    training = ("compare", "method", "resume", "teacher")
-    for first, other in [("method", "compare"), ("teacher", "teacher_features"), *(("eval", name) for name in training)]:
+    training = ("compare", "method", "resume", "teacher", "benchmark")
+    for first, other in [("method", "compare"), ("teacher", "teacher_features"), ("benchmark", "compare"),
+                         *(("eval", name) for name in training)]:
         if first in given and other in given:
             raise InputError(f"--{first} and --{other} exclude each other; give one".replace("_", "-"))
-    inherited = {name: value for name, value in saved.get("settings", {}).items() if name not in RUN_OPTIONS - {"seed"}}
+    inherited = {name: value for name, value in saved.get("settings", {}).items()
+                 if name not in RUN_OPTIONS - {"seed"} | {"amp"}}
     if saved:                                                           # a recognition student serves retrieval too
         tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
         inherited["task"] = given.get("task", saved["task"] or tasks[0])
@@ -1737,11 +1890,24 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         raise InputError(f"--teacher-features {settings['teacher_features']} is not a folder; give one of .npy files")
     if settings["device"] == "auto":
         settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings["device"] == "cuda" and WORLD > 1:
+        settings["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=settings["device"])
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {settings['device']} cannot be used: {str(error).splitlines()[0]}") from error
-    default = "student,xmkd" if layout == "demo" and "method" not in given else given.get("method", "xmkd")
+    if settings["amp"] == "auto":
+        half = settings["device"].startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        settings["amp"] = "bf16" if half else "none"
+    settings.setdefault("class_balanced", layout == "audioset" and settings["split"] != "balanced")
+    if settings["mixup"] and settings["task"] != "audio_tagging":
+        raise InputError(f"--mixup mixes tags, and --task {settings['task']} has one label a clip; leave it out")
+    if settings["batch_size"] % WORLD:
+        raise InputError(f"--batch-size {settings['batch_size']} is not a multiple of the {WORLD} processes; make it one")
+    both = layout == "demo" and "method" not in given and not settings["benchmark"]
+    default = "student,xmkd" if both else given.get("method", "xmkd")
+    if settings["benchmark"] and layout == "demo":
+        settings["fps"] = settings["frames"]                            # a second of demo then fills a view
     every = ",".join(METHODS)
     methods = [method.strip() for method in given.get("compare", default).replace("paper", every).split(",")]
     if unknown := [method for method in methods if method not in METHODS or methods.count(method) > 1]:
@@ -1793,11 +1959,54 @@ def compare(job: Job, methods: list[str], cache: Path, out: Path) -> None:
                 "authors report it: a little\nflattering, alike for all; the last epoch's figures are in results.json. "
                 f"All of it is in {out}")
 
+def benchmark(job: Job, method: str) -> None:
+    """Prints how fast this machine loads and trains at the run's sizes; teacher embeddings are made up."""
+    settings, data, spec, console = job._replace(settings={**job.settings, "mixup": False})
+    device, teacher = torch.device(settings["device"]), torch.rand(len(data.store.clips), 8 * settings["width"])
+    cuda, prepare = device.type == "cuda", Prepare(spec.size, settings["spec_augment"]).to(device)
+    loader = data.loader(data.train, spec, "train", settings, settings["seed"], teacher)
+    def clock() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+    batches, loaded = itertools.chain.from_iterable(itertools.repeat(loader)), 0
+    views, boxes, _, labels, embedding = (x.to(device) if isinstance(x, Tensor) else x for x in next(batches))
+    begun = clock()
+    while clock() - begun < 8:
+        loaded += len(next(batches)[0])
+    supply = loaded / (clock() - begun)
+    def step(trained: nn.Module, helper: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
+        train_step(trained, helper, optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"])
+    with FlopCounterMode(display=False) as counter:                     # it cannot look into compiled code
+        step(*set_up(job._replace(settings={**settings, "compile": False}), method, settings["seed"], teacher)[1:4])
+    network, *parts = set_up(job, method, settings["seed"], teacher)
+    marks: list[float] = []
+    mark = lambda *_: marks.append(clock())
+    network.register_forward_pre_hook(mark), network.register_forward_hook(mark), parts[2].register_step_pre_hook(mark)
+    rows, begun = [], math.inf
+    while len(rows) < 6 or clock() - begun < 8:                         # the first three compile and choose kernels
+        begun = clock() if len(rows) == 3 else begun
+        marks[:] = [clock()]
+        step(*parts[:3])
+        rows.append(np.diff([*marks, clock()]) * 1e3)
+    times, memory = np.median(rows[3:], axis=0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rate, memory = len(labels) / times.sum() * 1e3, torch.cuda.max_memory_allocated() if cuda else memory
+    name, clips = ("AudioSet's balanced list", 22160) if spec.kind == "audio" else ("UCF51", 4892)
+    prepared, forward, backward, update = times
+    console.say(f"loader  {supply:,.0f} clips/s by {settings['workers']} workers\n"
+                f"step    {times.sum():,.1f} ms for {len(labels)} clips, {rate:,.1f} clips/s: views {prepared:.1f}, forward "
+                f"{forward:.1f}, losses and backward {backward:.1f}, optimizer {update:.1f}\n"
+                f"        {counter.get_total_flops() * rate / len(labels) / 1e12:.3g} TFLOP/s in convolutions and "
+                f"products, peak memory {memory / 2 ** 30:.2f} GiB\n"
+                f"epoch   {clips / min(rate, supply) / 60:,.1f} min for {name} ({clips:,} clips)\n"
+                f"on      {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}, torch "
+                f"{torch.__version__}, amp {settings['amp']}, method {method}")
+
 def run(given: dict[str, Any]) -> None:
     """What `main` does with the options given on the command line."""
     saved = load_checkpoint(given["eval"]) if "eval" in given else {}
     layout, methods, settings = settle(given, saved)
-    label = "eval" if saved else methods[0] if len(methods) == 1 else "compare"
+    label = "eval" if saved else "benchmark" if settings["benchmark"] else methods[0] if len(methods) == 1 else "compare"
     source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
     out = Path(settings.get("out", f"runs/{settings['task']}-{source}-{label}-s{settings['seed']}"))
     near = [folder / "cache" for folder in Path(given.get("eval", "")).absolute().parents[:2]] if saved else []
@@ -1805,31 +2014,46 @@ def run(given: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:                             # free again when the process ends
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if RANK == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{out} is being written by another run; wait for it, or give another --out") from None
+        if WORLD > 1:
+            backend = "cpu:gloo,cuda:nccl" if settings["device"].startswith("cuda") else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(days=1))   # one process may decode much longer than others
         console = Console(settings["quiet"])
         data = open_data(layout, settings, cache, out, console)         # before the next line: it fits `seconds`
         spec = ViewSpec(STUDENT_KIND[settings["task"]], samples=round(settings["seconds"] * 32000),
                         **{name: settings[name] for name in ("frames", "size", "crop_area", "flip", "strong")})
         job = Job(settings, data, spec, console)
-        evaluate(job, saved, out) if saved else compare(job, methods, cache, out)
+        if settings["benchmark"]:
+            benchmark(job, methods[0])
+        elif saved:
+            evaluate(job, saved, out)
+        else:
+            compare(job, methods, cache, out)
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry; returns the exit code."""
+    """Command line entry; returns the exit code. Under torchrun all say what went wrong, once they know of each other."""
+    def tell(text: str) -> None:
+        if RANK == 0 or dist.is_initialized():
+            print(text if WORLD == 1 else f"[{RANK}] {text}", file=sys.stderr)
     try:
         run(vars(build_parser().parse_args(argv)))
     except (InputError, OSError) as error:
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)   # a worker's error carries its traceback
+        tell(f"error: {str(error).strip().splitlines()[-1]}")           # a worker's error carries its traceback
         return 2
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        print("error: out of memory; lower --batch-size, --frames, --size, --seconds or --width", file=sys.stderr)
+        tell("error: out of memory; lower --batch-size, --frames, --size, --seconds or --width")
         return 2
     except KeyboardInterrupt as stop:
-        print("\ninterrupted; the same command with --resume goes on from the last epoch", file=sys.stderr)
+        tell("\ninterrupted; the same command with --resume goes on from the last epoch")
         return stop.args[0] if stop.args else 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
     return 0
 
 def terminate(*_: Any) -> NoReturn:
