@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -725,6 +726,21 @@ def test_store_decodes_once_and_tries_again_what_failed(tmp_path):
     assert samples.dtype == np.int16 and samples[0] == -32767 and samples[-1] == 32767
 
 
+def test_streamed_views_equal_those_of_a_raw_cache_and_jpeg_comes_close(tmp_path):
+    data, spec = demo_data(tmp_path / "jpeg"), xmkd.ViewSpec("video", 4, 16)
+    store = data.store
+    views = {}
+    for name, folder, raw in (("jpeg", tmp_path / "jpeg", False), ("raw", tmp_path / "raw", True), ("streamed", None, False)):
+        kept = data._replace(store=xmkd.ClipStore(folder, store.clips, store.load, store.depends, raw))
+        for _ in range(2):                                                         # the second time from the cache
+            views[name] = xmkd.Views(kept, spec, "train")[3, 7]
+            sound = xmkd.Views(kept, xmkd.ViewSpec("audio", samples=9000), "train")[3, 7][0]
+        assert torch.equal(sound, xmkd.Views(data, xmkd.ViewSpec("audio", samples=9000), "train")[3, 7][0])
+    assert all(torch.equal(a, b) for a, b in zip(views["raw"], views["streamed"])) and not (tmp_path / "None").exists()
+    assert torch.equal(views["jpeg"][1], views["raw"][1]) and 0 < (views["jpeg"][0].float() - views["raw"][0].float()).abs().mean() < 8
+    assert {len([*(tmp_path / name).rglob("*.npy")]) for name in ("jpeg", "raw")} == {2}
+
+
 def test_views_follow_from_their_seed_and_not_from_the_worker(tmp_path):
     data, spec = demo_data(tmp_path), xmkd.ViewSpec("video", frames=4, size=16)
     batches = []
@@ -792,6 +808,44 @@ def test_a_last_batch_of_one_joins_the_one_before():
         batches = xmkd.EpochBatches(range(n), 4, seed=0)
         assert [len(b) for b in batches] == sizes and len(batches) == len(sizes)
         assert sorted(i for b in batches for i, _ in b) == list(range(n))
+
+
+def test_processes_draw_parts_of_the_same_batches(monkeypatch):
+    for clips, size, multiple, sizes in ((19, 8, 2, [8, 8 + 2]), (20, 8, 2, [8, 8, 4]), (23, 8, 4, [8, 12]), (3, 8, 2, [2])):
+        monkeypatch.setattr(xmkd, "RANK", 0), monkeypatch.setattr(xmkd, "WORLD", 1)
+        whole = [*xmkd.EpochBatches(range(clips), size, 0, None, multiple)]
+        assert [len(batch) for batch in whole] == sizes
+        monkeypatch.setattr(xmkd, "WORLD", 2)
+        parts = []
+        for rank in (0, 1):
+            monkeypatch.setattr(xmkd, "RANK", rank)
+            parts.append([*xmkd.EpochBatches(range(clips), size, 0, None, multiple)])
+        assert [a + b for a, b in zip(*parts)] == whole and all(len(a) == len(b) for a, b in zip(*parts))
+
+
+def test_class_balanced_batches_draw_every_class_as_often(tmp_path):
+    clips = [xmkd.Clip(str(i), (0,) if i < 90 else (1, 2) if i < 95 else (2,), "train") for i in range(100)]
+    data = xmkd.Data(xmkd.ClipStore(tmp_path, clips, None, {}), ["a", "b", "c"], True, list(range(100)), [])
+    settings = {"batch_size": 10, "workers": 0, "mixup": False, "class_balanced": True}
+    sampler = data.loader(data.train, xmkd.ViewSpec("audio"), "train", settings).batch_sampler
+    drawn = []
+    for sampler.epoch in range(60):
+        drawn += [i for batch in sampler for i, _ in batch]
+    share = np.bincount(drawn, minlength=100) / len(drawn)
+    assert share[:90].sum() == pytest.approx(1 / 3, abs=0.02)                      # class a: 90 clips
+    assert share[90:95].sum() == pytest.approx(1 / 3 + 1 / 6, abs=0.02) and share[95:].sum() == pytest.approx(1 / 6, abs=0.02)
+
+
+def test_mixup_mixes_neighbours_and_their_tags_alike():
+    torch.manual_seed(0)
+    views, tags = rand(6, 5, 4), (rand(6, 3, seed=1) > 0.5).float()
+    mixed, soft = xmkd.mixup(views, tags)
+    torch.manual_seed(0)
+    for k, weight in enumerate(torch.rand(3)):
+        assert torch.allclose(mixed[k], weight * views[2 * k] + (1 - weight) * views[2 * k + 1])
+        assert torch.allclose(soft[k], weight * tags[2 * k] + (1 - weight) * tags[2 * k + 1])
+    overlap = xmkd.label_overlap(soft)
+    assert torch.allclose(overlap.diag()[soft.any(1)], torch.ones(int(soft.any(1).sum()))) and overlap.max() <= 1 + 1e-6
 
 
 # ------------------------------------------------------------------------------------------------ 7. metrics
@@ -1024,6 +1078,99 @@ def test_retrieval_ranks_the_training_clips(tmp_path, monkeypatch):
     assert xmkd.final_metrics(job, None)["R@1"] == 0.5
 
 
+@pytest.mark.parametrize("kind", ["audio", "video"])
+def test_bf16_stays_near_float32_and_the_losses_keep_float32(kind):
+    terms = {}
+    for amp in ("none", "bf16"):
+        torch.manual_seed(0)
+        network = xmkd.equip(xmkd.make_network(kind, 5, 8), {"device": "cpu", "amp": amp, "compile": False})
+        noise_filter, inputs = xmkd.ModalityNoiseFilter(5, 64), rand(8, 64, 64) if kind == "audio" else rand(8, 3, 4, 32, 32)
+        features = network(inputs)
+        assert {part.dtype for part in features} == {torch.float32} and type(features) is xmkd.Features
+        terms[amp] = xmkd.train_step(network, noise_filter, xmkd.make_optimizer(network, noise_filter), inputs, rand(8, 64), torch.arange(8) % 5)
+    differences = [abs(float(terms["bf16"][k] - terms["none"][k])) for k in terms["none"]]
+    assert 0 < max(differences) < 0.05 and all(value.dtype == torch.float32 for value in terms["bf16"].values())
+
+
+@pytest.mark.skipif(not any(shutil.which(compiler) for compiler in ("g++", "clang++")), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_networks_equal_eager_ones():
+    torch.manual_seed(0)
+    eager, inputs = xmkd.make_network("audio", 5, 2, stages=1), rand(3, 32, 64)
+    compiled = xmkd.equip(xmkd.make_network("audio", 5, 2, stages=1), {"device": "cpu", "amp": "none", "compile": True})
+    compiled.load_state_dict(eager.state_dict())
+    for network in (eager, compiled):
+        sum(part.square().sum() for part in network(inputs)).backward()
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(eager(inputs), compiled(inputs)))
+    assert all(torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-4) for a, b in zip(eager.parameters(), compiled.parameters()))
+
+
+TWO_PROCESSES = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import xmkd
+torch.set_default_dtype(torch.float64)
+if xmkd.WORLD > 1:
+    dist.init_process_group("gloo")
+results = {}
+for kind in ("audio", "video"):
+    torch.manual_seed(0)
+    network, noise_filter = xmkd.make_network(kind, 5, 4), xmkd.ModalityNoiseFilter(5, 32, teacher_dim=20)
+    optimizer = xmkd.make_optimizer(network, noise_filter)
+    trained = xmkd.distribute(network, noise_filter, optimizer) if xmkd.WORLD > 1 else network
+    for step in range(3):
+        inputs = torch.rand(8, 64, 64) if kind == "audio" else torch.rand(8, 3, 4, 32, 32)
+        teacher, labels = torch.rand(8, 20), (torch.rand(8, 5) > 0.5).double() if kind == "audio" else torch.arange(8) % 3
+        part = slice(xmkd.RANK * 8 // xmkd.WORLD, (xmkd.RANK + 1) * 8 // xmkd.WORLD)
+        terms = xmkd.train_step(trained, noise_filter, optimizer, inputs[part], teacher[part], labels[part])
+    results[kind] = {**terms, **network.state_dict(), **noise_filter.state_dict()}
+if xmkd.RANK == 0:
+    torch.save(results, sys.argv[2])
+if xmkd.WORLD > 1:
+    dist.destroy_process_group()
+"""
+
+
+def torchrun(*arguments, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_train_as_one_on_the_joined_batch(tmp_path):
+    (tmp_path / "steps.py").write_text(TWO_PROCESSES)
+    for processes in (1, 2):
+        result = torchrun(tmp_path / "steps.py", HERE, tmp_path / f"{processes}.pt", processes=processes)
+        assert result.returncode == 0, result.stderr
+    one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
+    for kind in ("audio", "video"):
+        assert one[kind].keys() == two[kind].keys() and {"csc", "triplet", "cls"} <= one[kind].keys()
+        assert all(torch.allclose(value.double(), two[kind][name].double(), rtol=1e-9, atol=1e-10) for name, value in one[kind].items()), kind
+
+
+def test_torchrun_trains_evaluates_each_clip_once_and_one_process_goes_on(tmp_path, media):
+    common = ["--data", str(media), "--task", "action_recognition", "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "cache"), "--teacher", "scratch"]
+    tiny = [a if (b, a) != ("--width", "4") else "2" for b, a in zip(["", *TINY], TINY)]
+    result = torchrun(HERE / "xmkd.py", *tiny, *common)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["clips"] == {"train": 16, "eval": 6} and len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 1
+    assert [*csv.reader((tmp_path / "run" / "skipped.csv").open())][1:] == [[str(media / "train/low/broken.mp4"), "empty file (0 bytes)"]]
+    assert xmkd.main(["--eval", str(tmp_path / "run" / "best.pt"), "--out", str(tmp_path / "eval"), "--cache", str(tmp_path / "cache"), "--workers", "0", "--quiet"]) == 0
+    again = json.loads((tmp_path / "eval" / "results.json").read_text())["metrics"]
+    assert again == pytest.approx(results["metrics"], abs=1e-6)
+    longer = [a if (b, a) != ("--epochs", "2") else "3" for b, a in zip(["", *tiny], tiny)]
+    assert xmkd.main([*longer, *common, "--resume"]) == 0
+    assert "resumed with 1 processes after 2" in json.loads((tmp_path / "run" / "results.json").read_text())["warnings"][-1]
+    refused = torchrun(HERE / "xmkd.py", *tiny, *common, "--batch-size", "7")
+    assert refused.returncode and refused.stderr.count("--batch-size 7 is not a multiple of the 2 processes") == 1
+
+
+def test_benchmark_prints_loader_step_and_epoch(tmp_path, capsys):
+    assert xmkd.main(["--benchmark", "--task", "action_recognition", "--width", "2", "--workers", "0", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"loader  [\d,]+ clips/s by 0 workers\nstep    [\d.,]+ ms for 16 clips, [\d.,]+ clips/s: views [\d.]+, forward [\d.]+, losses and "
+                     r"backward [\d.]+, optimizer [\d.]+\n +\S+ TFLOP/s .* peak memory [\d.]+ GiB\nepoch +[\d.]+ min for UCF51 \(4,892 clips\)\non ", printed), printed
+
+
 def test_the_student_memorises_eight_clips(tmp_path):
     data = demo_data(tmp_path, clips=10)
     torch.manual_seed(0)
@@ -1031,7 +1178,7 @@ def test_the_student_memorises_eight_clips(tmp_path):
     noise_filter = xmkd.ModalityNoiseFilter(10, 64, teacher_dim=16)
     optimizer = xmkd.make_optimizer(network, noise_filter, lr=3e-3)
     views, boxes, _ = xmkd.join_views([xmkd.Views(data, xmkd.ViewSpec("video", 6, 24), "test")[i, 0] for i in range(8)])
-    for _ in range(40):
+    for _ in range(60):
         xmkd.train_step(network, noise_filter, optimizer, prepare(views, boxes), rand(8, 16), data.labels(range(8)))
     assert network.eval()(prepare(views, boxes)).logits.argmax(1).tolist() == list(range(8))
 
