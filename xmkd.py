@@ -1125,30 +1125,30 @@ class Data(NamedTuple):
             pin_memory=torch.cuda.is_available())
 
 # ============================================== 8. Metrics (fractions in 0..1)
-def ranked(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each class by falling score: hits 0/1 float64, 1-based ranks of the first and the last item of each tie; (N, C)."""
-    scores, labels = torch.as_tensor(scores), torch.as_tensor(labels)
-    order = scores.argsort(0, descending=True)
-    rising = -scores.gather(0, order).T.contiguous()                                   # (C, N)
-    first, last = (torch.searchsorted(rising, rising, right=right).T for right in (False, True))
-    return labels.double().gather(0, order), first + 1, last
+def at_least(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """How many of the rising values reach each limit."""
+    return len(values) - np.searchsorted(values, limits, "left")
+
+def by_class(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Of each class the rising scores, of all items and of its positives; scores, labels 0/1 (N, C)."""
+    for column, positive in zip(torch.as_tensor(scores).cpu().numpy().T, torch.as_tensor(labels).cpu().numpy().T > 0):
+        yield np.sort(column), np.sort(column[positive])
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     """Macro mAP: scores, labels 0/1 (N, C) -> mean over classes with a positive, ValueError if none; ties as sklearn."""
-    hits, _, last = ranked(scores, labels)
-    totals, found = hits.sum(0), hits.cumsum(0).gather(0, last - 1)
-    if not totals.any():
-        raise ValueError(f"mAP needs a positive; none of {hits.shape[1]} classes has one in {len(hits)} clips")
-    precision = (hits * found / last).sum(0) / totals.clamp_min(1)
-    return float(precision[totals > 0].mean())
+    precisions = [(at_least(own, own) / at_least(every, own)).mean() for every, own in by_class(scores, labels) if len(own)]
+    if not precisions:
+        raise ValueError(f"mAP needs a positive; none of {scores.shape[1]} classes has one in {len(scores)} clips")
+    return statistics.fmean(precisions)
 
 def mean_auc(scores: Tensor, labels: Tensor) -> float:
     """Macro area under the ROC curve: scores, labels (N, C) -> mean over classes with both labels; nan if none."""
-    hits, first, last = ranked(scores, labels)
-    n, positives = len(hits), hits.sum(0)
-    negatives = n - positives
-    ordered = (hits * (n - (first + last) / 2)).sum(0) - positives * (positives - 1) / 2    # positives above negatives
-    return float((ordered / (positives * negatives))[(positives > 0) & (negatives > 0)].mean())
+    areas = []
+    for every, own in by_class(scores, labels):
+        if 0 < len(own) < len(every):                                  # share of negatives below a positive, ties half
+            below = sum(np.searchsorted(every, own, side) - np.searchsorted(own, own, side) for side in ("left", "right"))
+            areas.append((below / 2).mean() / (len(every) - len(own)))
+    return statistics.fmean(areas) if areas else math.nan
 
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     """Share of rows of scores (N, C) whose label (N,) is among the k highest; k is at most C."""
@@ -1163,19 +1163,19 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor, ga
     mAP             average precision over the full ranking, mean over all queries; one without relevant items counts 0
     mAP_released    the released scripts': cut at `topk`, divided by the hits inside, queries without a hit left out
     """
-    gallery = F.normalize(torch.as_tensor(gallery), dim=1)
+    gallery, known = F.normalize(torch.as_tensor(gallery), dim=1), torch.as_tensor(gallery_labels).cpu().numpy()
     first_hits, precisions, released = [], [], []
-    for part, labels in zip(torch.as_tensor(queries).split(256), torch.as_tensor(query_labels).split(256)):
-        order = (F.normalize(part, dim=1) @ gallery.T).argsort(1, descending=True)
-        hits = (torch.as_tensor(gallery_labels)[order] == labels[:, None])             # (256, G)
-        precision = hits * hits.cumsum(1) / torch.arange(1, len(gallery) + 1, device=hits.device, dtype=torch.float64)
-        first_hits.append(torch.where(hits.any(1), hits.int().argmax(1), len(gallery)))
-        precisions.append(precision.sum(1) / hits.sum(1).clamp_min(1))
-        cut = hits[:, :topk].sum(1)
-        released.append((precision[:, :topk].sum(1) / cut)[cut > 0])
-    first_hit, shown = torch.cat(first_hits), torch.cat(released)
-    return {**{f"R@{k}": float((first_hit < k).double().mean()) for k in ks}, "mAP": float(torch.cat(precisions).mean()),
-            "mAP_released": float(shown.mean()) if len(shown) else 0.0}
+    for part, labels in zip(torch.as_tensor(queries).split(256), torch.as_tensor(query_labels).cpu().split(256)):
+        for similarity, label in zip((F.normalize(part, dim=1) @ gallery.T).cpu().numpy(), labels.tolist()):
+            own = np.sort(similarity[known == label])
+            count = np.arange(len(own), 0, -1)                                              # of hits so far
+            ranks = at_least(np.sort(similarity), own) - at_least(own, own) + count         # of equal ones, misses first
+            precision = count / ranks
+            first_hits.append(ranks.min(initial=len(known) + 1))
+            precisions.append(precision.mean() if len(own) else 0.0)
+            released += [precision[ranks <= topk].mean()] if (ranks <= topk).any() else []
+    return {**{f"R@{k}": float(np.mean(np.array(first_hits) <= k)) for k in ks}, "mAP": float(np.mean(precisions)),
+            "mAP_released": float(np.mean(released)) if released else 0.0}
 
 def score(task: str, scores: Tensor, labels: Tensor) -> dict[str, float]:
     """A task's metrics from probabilities (N, C). d' = sqrt(2) * probit(mean AUC), the AUC kept 1e-9 off 0 and 1.
