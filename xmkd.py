@@ -1461,8 +1461,8 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
             console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
     file = choice not in ("auto", "scratch")
     source = hashlib.sha256(Path(choice).read_bytes()).hexdigest() if file else "Kinetics-400" if network else choice
-    needs = [settings[name] for name in
-             ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width", "spec_augment")]
+    needs = [settings[name] for name in ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width",
+                                         "spec_augment", "mixup", "class_balanced", "amp")]
     files = [[data.store.key(i, spec.kind) for i in part] for part in (data.train, data.eval)]
     labels = [data.store.clips[i].labels for i in data.train]
     folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes, data.train, data.eval)}"
@@ -1727,7 +1727,7 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # what a
     "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
              "crop_area": 0.7, "csc_offset": 0.3}}
 RUN_OPTIONS = {"out", "cache", "eval", "resume", "workers", "device", "quiet", "compare", "method",
-               "seeds", "seed", "epochs", "max_skipped", "no_cache", "compile"}      # may differ on --resume
+               "seeds", "seed", "epochs", "max_skipped", "no_cache", "compile", "benchmark"}     # may differ on --resume
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options not given are absent: the checkpoint's or the data set's recipe fills them in."""
@@ -1937,7 +1937,7 @@ def evaluate(job: Job, saved: dict[str, Any], out: Path) -> None:
 def compare(job: Job, methods: list[str], cache: Path, out: Path) -> None:
     """Trains and evaluates a student by each method and seed, all with the same teacher; the table."""
     (settings, data, spec, console), begun = job, time.time()
-    shown = [name for name in DEFAULTS if name == "epochs" or name not in RUN_OPTIONS | {"task", "data"}]
+    shown = [name for name in settings if name == "epochs" or name not in RUN_OPTIONS | {"task", "data"}]
     console.say("recipe  " + ", ".join(f"{name} {settings[name]}" for name in shown))
     teacher, info = None, {"kind": "none"}
     if methods != ["student"]:
