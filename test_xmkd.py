@@ -1443,11 +1443,11 @@ def test_recipes_follow_the_data_set(tmp_path):
 
 def test_readme_commands_parse():
     text = (HERE / "README.md").read_text()
-    commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if "python xmkd.py" in line]
+    commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if " xmkd.py" in line]
     commands += re.findall(r"\| `(python xmkd.py[^`]*)` \|", text)                          # the table of experiments
     assert len(commands) >= 12
     for command in commands:
-        xmkd.build_parser().parse_args(command.split("python xmkd.py", 1)[1].replace("\\", "").split())
+        xmkd.build_parser().parse_args(command.split(" xmkd.py", 1)[1].replace("\\", "").split())
 
 
 def test_the_module_runs_as_a_program():

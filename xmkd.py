@@ -650,7 +650,7 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
     """
     media, sound, picture = walk_media(root), {}, {}
     for path in media:
-        for key in owners(os.path.basename(path)):
+        for key in owners(path.rpartition("/")[2]):
             (sound if is_sound_only(path) else picture).setdefault(key, path)              # of copies the first
     sound = {key: path for key, path in picture.items() if not path.lower().endswith(".hdf5")} | sound  # HDF5 is mute
     found = picture | sound
@@ -660,7 +660,8 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
                          f"files seen: {seen}; names must agree")
     if skipped is not None:
         skipped += [(listed[key].id, "missing: listed, but no file has its name") for key in listed if key not in found]
-    return [Clip(*clip[:3], sound.get(key), picture.get(key), *clip[5:]) for key, clip in listed.items() if key in found]
+    return [Clip._make((*clip[:3], sound.get(key), picture.get(key), *clip[5:]))                # faster than _replace
+            for key, clip in listed.items() if key in found]
 
 def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
     """("file:line", fields) of each row of a list in CSV."""
@@ -678,7 +679,8 @@ def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[
             ytid, start, end, mids = fields[0], float(fields[1]), float(fields[2]), fields[3:]
             if not (len(ytid) == 11 and 0 <= start < end < math.inf and mids):
                 raise ValueError
-            yield place, Clip(ytid, tuple(sorted({index_of[mid] for mid in mids})), split, start=start, end=end)
+            labels = tuple(sorted({index_of[mid] for mid in mids})) if len(mids) > 1 else (index_of[mids[0]],)
+            yield place, Clip._make((ytid, labels, split, None, None, start, end, None))
         except (ValueError, IndexError):
             raise InputError(f"{place}: expected 'id, start, end, \"label,label\"' with 11 characters of id, "
                              f"0 <= start < end, got {','.join(row)!r}; mend or remove the line") from None
