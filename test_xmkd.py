@@ -14,8 +14,10 @@ import inspect
 import json
 import math
 import os
+import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +35,9 @@ torch.set_num_threads(1)                       # small tensors: more threads onl
 HERE = Path(__file__).parent
 TESTDATA = Path(os.environ.get("XMKD_TESTDATA", "/nowhere")).resolve()
 needs_testdata = pytest.mark.skipif(not TESTDATA.is_dir(), reason="XMKD_TESTDATA names no folder: no reference numbers, no real lists")
+
+
+stress = pytest.mark.skipif("stress" not in sys.argv, reason="slow; python -m pytest -q -m stress")
 
 
 def rand(*shape, seed=0):
@@ -959,6 +964,52 @@ def test_stop_and_resume_equals_one_straight_run(tmp_path, media):
     assert rows[0] == rows[1] and len(rows[0]) == 2
 
 
+def test_half_a_line_in_the_log_of_a_killed_run_is_dropped(tmp_path, media):
+    common = [*TINY, "--data", str(media), "--method", "student", "--eval-every", "1", "--out", str(tmp_path), "--cache", str(media.parent / "cache")]
+    assert xmkd.main([*common, "--epochs", "1"]) == 0
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"epoch": 2, "lr')
+    assert xmkd.main([*common, "--resume"]) == 0
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_loader_process_that_dies_is_reported_with_its_clip(tmp_path):
+    data = demo_data(tmp_path)
+
+    def load(clip, kind):
+        if clip.id.endswith("3"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.zeros(9)
+    store = xmkd.ClipStore(tmp_path / "new", data.store.clips, load, {"audio": 1})
+    with pytest.raises(xmkd.InputError, match=r"(?s)worker .* Due were train-000\d; if memory ran out, lower --workers"):
+        store.decode([(i, ("audio",)) for i in range(8)], 1, lambda done, total: None)
+
+
+@stress
+def test_a_run_killed_at_any_moment_and_resumed_equals_one_straight_run(tmp_path, media):
+    common = [*[a for a in TINY if a != "--quiet"], "--quiet", "--data", str(media), "--teacher", "scratch", "--teacher-epochs", "2", "--eval-every", "1", "--epochs", "20", "--resume"]
+    command = lambda name: [sys.executable, str(HERE / "xmkd.py"), *common, "--out", str(tmp_path / name)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    begun = time.time()
+    assert subprocess.run(command("straight"), env=environment).returncode == 0
+    duration, delays, kills = time.time() - begun, random.Random(0), 0
+    for _ in range(60):
+        process = subprocess.Popen(command("killed"), env=environment)
+        try:
+            assert process.wait(timeout=duration * delays.uniform(0.3, 0.7)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill(), process.wait()
+            kills += 1
+    assert kills >= 2 and process.returncode == 0
+    a, b = (xmkd.load_checkpoint(tmp_path / name / "last.pt") for name in ("straight", "killed"))
+    assert a["epoch"] == b["epoch"] == 20 and all(torch.equal(a[part][k], b[part][k]) for part in ("student", "filter") for k in a[part])
+    rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("straight", "killed")]
+    assert rows[0] == rows[1] and len(rows[0]) == 20
+    metrics = [json.loads((tmp_path / name / "results.json").read_text())["metrics"] for name in ("straight", "killed")]
+    assert metrics[0] == metrics[1]
+
+
 def test_sigterm_ends_with_143_and_the_run_can_be_resumed(tmp_path, media):
     command = [sys.executable, str(HERE / "xmkd.py"), *TINY, "--data", str(media), "--method", "student", "--epochs", "500", "--eval-every", "500", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -1017,6 +1068,11 @@ def test_a_folder_in_use_is_refused_and_lack_of_memory_or_disk_is_named(tmp_path
     with pytest.raises(RuntimeError, match="a bug"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(xmkd, "train_step", lambda *a: (_ for _ in ()).throw(RuntimeError("a bug")))
         xmkd.main(common)
+    for suffix in ("pt", "npy", "json"):                                # a disk of no space at all
+        with pytest.raises(OSError, match=rf"/dev/full|a.{suffix} cannot be written, [\d.,]+ MB are free there"), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "open", lambda *a: open("/dev/full", "wb", buffering=0))
+            xmkd.write(tmp_path / f"a.{suffix}", np.zeros(9000) if suffix == "npy" else [1])
+        assert not (tmp_path / f"a.{suffix}").exists()
     xmkd.save(tmp_path / "a.json", {"whole": 1})
     with pytest.raises(TypeError):
         xmkd.save(tmp_path / "a.json", {"half": object()})

@@ -991,13 +991,28 @@ class ClipStore(Dataset[Any]):
                progress: Callable[[int, int], None]) -> list[tuple[int, list[int], int, str]]:
         """The result of every job, in order, done by `workers` processes of each of torchrun's."""
         own, done = jobs[RANK::WORLD], []
-        for result in DataLoader(self, sampler=own, batch_size=None, num_workers=workers):  # type: ignore[arg-type]
+        loader: Any = DataLoader(self, sampler=own, batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+        for result in watch(loader, self):
             done.append(result)
             progress(len(done), len(own))
         shares: list[Any] = [done] * WORLD
         if WORLD > 1:
             dist.all_gather_object(shares, done)
         return [shares[k % WORLD][k // WORLD] for k in range(len(jobs))]
+
+def watch(loader: Any, store: ClipStore) -> Iterator[Any]:
+    """What the loader gives; if one of its processes dies, InputError with the clips that were due."""
+    count = 0
+    try:
+        for count, item in enumerate(loader, 1):
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        due = [*(loader.batch_sampler or loader.sampler)][count]
+        ids = [store.clips[i].id for i, _ in (due if isinstance(due, list) else [due])]
+        raise InputError(f"{str(error).splitlines()[0]} Due were {', '.join(ids)}; if memory ran out, lower --workers"
+                         ) from error
 
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
     """Frame indices of up to `count` even windows of `size` out of n; stops at the first short one, looped. Authors."""
@@ -1217,7 +1232,7 @@ def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = 
     loader = data.loader(share, spec, protocol, settings)
     prepare, scores, pooled = Prepare(spec.size).to(device), [], []
     network.eval()
-    for step, (windows, boxes, counts) in enumerate(loader, 1):
+    for step, (windows, boxes, counts) in enumerate(watch(loader, data.store), 1):
         parts = [network(prepare(views.to(device), box.to(device)))                                 # long clips have many
                  for views, box in zip(windows.split(64), boxes.split(64))]
         logits = torch.cat([part.logits for part in parts]).float()
@@ -1260,7 +1275,7 @@ def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | No
                 prepare: Prepare, calibrate: bool, progress: Callable[[int], None]) -> dict[str, float]:
     """One pass over the loader -> mean of each loss term. InputError names the first step whose loss is not finite."""
     device, settings, history, terms = prepare.mean.device, job.settings, [], {}
-    for step, (views, boxes, _, *rest) in enumerate(loader, 1):
+    for step, (views, boxes, _, *rest) in enumerate(watch(loader, job.data.store), 1):
         views, boxes, labels, embedding = (x.to(device, non_blocking=True) for x in (views, boxes, *rest))
         inputs = prepare(views, boxes)
         if settings["mixup"]:
@@ -1286,8 +1301,11 @@ def take_up(out: Path, log: Path, about: dict[str, Any], own: bool) -> dict[str,
     for key, (old, new) in pairs.items():
         if own and old != new:
             raise InputError(f"--resume: {key} was {old!r} in {out}/last.pt and is {new!r} now; keep it or change --out")
-    rows = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(row for row in rows if json.loads(row)["epoch"] <= saved["epoch"]))
+    if RANK == 0:
+        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
+        part = log.with_name("log.part")                                # a killed run may have left half a line
+        part.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["epoch"] <= saved["epoch"]))
+        os.replace(part, log)
     return saved
 
 def set_up(job: Job, method: str, seed: int,
@@ -1328,8 +1346,9 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
         if helper is not None:
             helper.load_state_dict(saved["filter"])
         begun, first, best = begun - saved["seconds"], saved["epoch"] + 1, saved["best"]
-    else:
+    elif RANK == 0:
         log.write_text("")
+        (out / "last.pt").unlink(missing_ok=True)                       # an older run's must not be taken up later
     save(out / "config.json", about)
     loader = data.loader(data.train, spec, "train", settings, seed, teacher)
     show, steps = console.progress(f"{name} ({spec.kind}), seed {seed}"), len(loader)
@@ -1531,7 +1550,10 @@ class Console:
         return show
 
 def write(path: Path, content: Any) -> None:
-    """JSON, for .npy an array, for .pt tensors and plain Python; written beside, flushed, renamed: never half a file."""
+    """JSON, for .npy an array, for .pt tensors and plain Python; written beside, flushed, renamed: never half a file.
+
+    Raises OSError that names the path and the space left.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -1544,6 +1566,9 @@ def write(path: Path, content: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except (OSError, RuntimeError) as error:                            # RuntimeError: what torch.save makes of it
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise OSError(f"{path} cannot be written, {free:,.1f} MB are free there ({error})") from error
     finally:
         part.unlink(missing_ok=True)                                    # there if the disk is full or the run was stopped
 
@@ -1719,6 +1744,7 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
         ("workers", min(8, (os.cpu_count() or 2) // 2), number(int, 0, 256), "loader processes"),
         ("device", "auto", str, "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one"),
         ("amp", "auto", ["auto", "bf16", "none"], "precision of the networks only; auto: bf16 on a GPU with it"),
+        ("deterministic", False, FLAG, "the same numbers from every run on one GPU, slower; on a CPU they are anyway"),
         ("compile", False, FLAG, "torch.compile the networks: slow to start, faster from then on"),
         ("quiet", False, {"action": "store_true"}, "print warnings and errors only")]}
 DEFAULTS = {name.replace("-", "_"): value for name, value, *_ in itertools.chain(*OPTIONS.values()) if value is not None}
@@ -1851,6 +1877,9 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     without = [name for label, name in enumerate(classes) if label not in used]
     if training and without:
         console.warn(f"{len(without)} of {len(classes)} classes have no training clip, such as {without[0]!r}")
+    lost = len(classes) - len({label for i in evaluation for label in clips[i].labels})
+    if lost and settings["task"] == "audio_tagging":
+        console.warn(f"{lost} of {len(classes)} classes have no evaluation clip; the metrics are means over the others")
     longest = max((n for i, lengths, *_ in done for kind, n in zip(needs[clips[i].split], lengths) if kind == "audio"),
                   default=0) / 32000
     if longest and "eval" not in settings and not settings["benchmark"]:
@@ -1933,6 +1962,7 @@ def evaluate(job: Job, saved: dict[str, Any], out: Path) -> None:
     metrics = final_metrics(job, network)
     save(out / "results.json", {"task": settings["task"], "data": settings["data"], "method": saved["method"],
                                 "seed": saved["seed"], "metrics": metrics, "teacher": None, "checkpoint": checkpoint,
+                                "warnings": job.console.warnings,
                                 "clips": {"eval": len(data.eval)}, "seconds": round(time.time() - begun, 1)})
     print_table({saved["method"]: [metrics]}, job.console)
 
@@ -2023,6 +2053,9 @@ def run(given: dict[str, Any]) -> None:
         if WORLD > 1:
             backend = "cpu:gloo,cuda:nccl" if settings["device"].startswith("cuda") else "gloo"
             dist.init_process_group(backend, timeout=timedelta(days=1))   # one process may decode much longer than others
+        torch.backends.cudnn.benchmark = not settings["deterministic"]   # tries which kernel is fastest
+        torch.use_deterministic_algorithms(settings["deterministic"])
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # which that asks for
         console = Console(settings["quiet"])
         data = open_data(layout, settings, cache, out, console)         # before the next line: it fits `seconds`
         spec = ViewSpec(STUDENT_KIND[settings["task"]], samples=round(settings["seconds"] * 32000),
