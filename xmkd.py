@@ -560,7 +560,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
     return torch.from_numpy(samples)
 
 def to_picture(frame: Any, size: tuple[int, int] | int, reformatter: VideoReformatter) -> Any:
-    """A decoded frame as (3, H, W) uint8 RGB, turned upright; `size` as in `decode_video`."""
+    """A decoded frame as (H, W, 3) uint8 RGB, turned upright; `size` as in `decode_video`."""
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4                # phones store the turn beside the picture
     sides = (frame.width, frame.height)
     if isinstance(size, int):
@@ -568,7 +568,7 @@ def to_picture(frame: Any, size: tuple[int, int] | int, reformatter: VideoReform
     else:
         height, width = size if turns % 2 == 0 else size[::-1]
     image = reformatter.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
-    return np.rot90(image, turns).transpose(2, 0, 1)
+    return np.rot90(image, turns)
 
 def decode_video(path: str | Path, start: float = 0.0, end: float | None = None, fps: float = 4.0,
                  size: tuple[int, int] | int = (128, 171)) -> Tensor:
@@ -590,7 +590,7 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
                 picture = to_picture(frame, size, reformatter) if picture is None else picture
                 pictures.append(picture)
         check_length(stream, start, end, seconds + period - start if pictures else 0.0)
-    return torch.from_numpy(np.stack(pictures))
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the authors' HDF5 files (dataset `video`, one JPEG a frame) as they are: (T, 3, H, W) uint8 RGB.
@@ -606,7 +606,7 @@ def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> T
     try:
         with h5py.File(path) as file:
             frames = [codec.decode(av.Packet(np.asarray(jpeg, np.uint8).tobytes()))[0] for jpeg in file["video"]]
-        return torch.from_numpy(np.stack([to_picture(frame, size, reformatter) for frame in frames]))
+        return torch.from_numpy(np.stack([to_picture(frame, size, reformatter) for frame in frames])).permute(0, 3, 1, 2)
     except (OSError, KeyError, TypeError, ValueError, IndexError, av.error.FFmpegError) as error:
         raise InputError(f"{path}: no HDF5 file with a JPEG a frame in `video` ({error})") from error
 
@@ -969,7 +969,7 @@ class ClipStore(Dataset[Any]):
         try:
             content = self.load(self.clips[i], kind)
             array = ((content.clamp(-1, 1) * 32767).round().short().numpy() if kind == "audio" else
-                     content.numpy() if self.raw or not file else pack_frames(content))
+                     content.contiguous().numpy() if self.raw or not file else pack_frames(content))
         except InputError:
             raise
         except Exception as error:                                      # whatever it is, the clip cannot be used
@@ -1153,7 +1153,8 @@ def by_class(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.nd
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     """Macro mAP: scores, labels 0/1 (N, C) -> mean over classes with a positive, ValueError if none; ties as sklearn."""
-    precisions = [(at_least(own, own) / at_least(every, own)).mean() for every, own in by_class(scores, labels) if len(own)]
+    columns = by_class(scores, labels)
+    precisions = [(at_least(own, own) / at_least(every, own)).mean() for every, own in columns if len(own)]
     if not precisions:
         raise ValueError(f"mAP needs a positive; none of {scores.shape[1]} classes has one in {len(scores)} clips")
     return statistics.fmean(precisions)
@@ -2026,8 +2027,8 @@ def benchmark(job: Job, method: str) -> None:
     name, clips = ("AudioSet's balanced list", 22160) if spec.kind == "audio" else ("UCF51", 4892)
     prepared, forward, backward, update = times
     console.say(f"loader  {supply:,.0f} clips/s by {settings['workers']} workers\n"
-                f"step    {times.sum():,.1f} ms for {len(labels)} clips, {rate:,.1f} clips/s: views {prepared:.1f}, forward "
-                f"{forward:.1f}, losses and backward {backward:.1f}, optimizer {update:.1f}\n"
+                f"step    {times.sum():,.1f} ms for {len(labels)} clips, {rate:,.1f} clips/s: views {prepared:.1f}, "
+                f"forward {forward:.1f}, losses and backward {backward:.1f}, optimizer {update:.1f}\n"
                 f"        {counter.get_total_flops() * rate / len(labels) / 1e12:.3g} TFLOP/s in convolutions and "
                 f"products, peak memory {memory / 2 ** 30:.2f} GiB\n"
                 f"epoch   {clips / min(rate, supply) / 60:,.1f} min for {name} ({clips:,} clips)\n"
