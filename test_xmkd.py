@@ -724,11 +724,28 @@ def test_store_decodes_once_and_tries_again_what_failed(tmp_path):
     clips = [xmkd.Clip(i, (0,), "train", None, None) for i in ("good", "bad")]
     for _ in range(2):
         store = xmkd.ClipStore(tmp_path, clips, load, {"audio": 1, "video": 1})
-        assert store.decode([(0, ("audio",)), (0, ("video",)), (1, ("video",))], 0, lambda done, total: None) == [[0, [9], 18, ""], [0, [3], store.stream(0, "video").nbytes, ""], [1, [], 0, "bad: broken"]]
+        assert store.decode([(0, ("audio",)), (0, ("video",)), (1, ("video",))], 0, lambda done, total: None) == [(0, [9], 18, ""), (0, [3], store.stream(0, "video").nbytes, ""), (1, [], 0, "bad: broken")]
     assert calls == ["good", "good", "bad", "bad"]                                 # a failure may have been of the moment
     frames, samples = store.stream(0, "video"), store.stream(0, "audio")
     assert frames.dtype == np.uint8 and (xmkd.read_frames(frames, [2, 0, 2]) - 100.0).abs().max() < 6
     assert samples.dtype == np.int16 and samples[0] == -32767 and samples[-1] == 32767
+
+
+def test_demo_clips_are_not_mistaken_for_a_file_of_that_name(tmp_path, monkeypatch):
+    for make in (lambda: None, (tmp_path / "demo").mkdir, lambda: ((tmp_path / "demo").rmdir(), (tmp_path / "demo").touch())):
+        make()
+        monkeypatch.chdir(tmp_path)
+        store = demo_data(tmp_path / "cache").store
+        assert len({store.key(i, kind) for i in range(len(store.clips)) for kind in ("audio", "video")}) == 2 * len(store.clips)
+
+
+def test_a_damaged_file_of_the_cache_is_decoded_again(tmp_path):
+    store = demo_data(tmp_path).store
+    whole = np.array(store.stream(0, "video"))
+    file, = tmp_path.rglob("*.npy")
+    for content in (b"", file.read_bytes()[:90], file.read_bytes()[:900], b"no array"):
+        file.write_bytes(content)
+        assert np.array_equal(store.stream(0, "video"), whole) and np.array_equal(np.load(file), whole)
 
 
 def test_streamed_views_equal_those_of_a_raw_cache_and_jpeg_comes_close(tmp_path):
@@ -741,7 +758,9 @@ def test_streamed_views_equal_those_of_a_raw_cache_and_jpeg_comes_close(tmp_path
             views[name] = xmkd.Views(kept, spec, "train")[3, 7]
             sound = xmkd.Views(kept, xmkd.ViewSpec("audio", samples=9000), "train")[3, 7][0]
         assert torch.equal(sound, xmkd.Views(data, xmkd.ViewSpec("audio", samples=9000), "train")[3, 7][0])
-    assert all(torch.equal(a, b) for a, b in zip(views["raw"], views["streamed"])) and not (tmp_path / "None").exists()
+    assert all(torch.equal(a, b) for a, b in zip(views["raw"], views["streamed"]))
+    jpeg, raw, streamed = (xmkd.ClipStore(folder, store.clips, store.load, store.depends, raw).key(0, "video") for folder, raw in ((tmp_path, False), (tmp_path, True), (None, False)))
+    assert jpeg != raw == streamed                                                 # a teacher of one does not serve the other
     assert torch.equal(views["jpeg"][1], views["raw"][1]) and 0 < (views["jpeg"][0].float() - views["raw"][0].float()).abs().mean() < 8
     assert {len([*(tmp_path / name).rglob("*.npy")]) for name in ("jpeg", "raw")} == {2}
 
@@ -1179,6 +1198,18 @@ for kind in ("audio", "video"):
         part = slice(xmkd.RANK * 8 // xmkd.WORLD, (xmkd.RANK + 1) * 8 // xmkd.WORLD)
         terms = xmkd.train_step(trained, noise_filter, optimizer, inputs[part], teacher[part], labels[part])
     results[kind] = {**terms, **network.state_dict(), **noise_filter.state_dict()}
+torch.set_default_dtype(torch.float32)
+torch.manual_seed(0)
+network, helper = xmkd.equip(xmkd.make_network("audio", 5, 4), {"device": "cpu", "amp": "bf16", "compile": False}), xmkd.Distiller("crd", 5, 32, 20)
+optimizer = xmkd.make_optimizer(network, helper, filter_lr=1)
+trained = xmkd.distribute(network, helper, optimizer) if xmkd.WORLD > 1 else network
+inputs, teacher, labels = torch.rand(8, 64, 64), torch.rand(8, 20), torch.arange(8) % 3
+part = slice(xmkd.RANK * 8 // xmkd.WORLD, (xmkd.RANK + 1) * 8 // xmkd.WORLD)
+for step in range(3):
+    terms = xmkd.train_step(trained, helper, optimizer, inputs[part], teacher[part], labels[part])
+results["bf16"] = terms
+copies = [xmkd.gather(value[None]) for module in (network, helper) for value in module.state_dict().values() if value.is_floating_point()]
+assert all(torch.equal(copy[0], other) for copy in copies for other in copy)            # no process has drifted
 if xmkd.RANK == 0:
     torch.save(results, sys.argv[2])
 if xmkd.WORLD > 1:
@@ -1200,6 +1231,7 @@ def test_two_processes_train_as_one_on_the_joined_batch(tmp_path):
     for kind in ("audio", "video"):
         assert one[kind].keys() == two[kind].keys() and {"csc", "triplet", "cls"} <= one[kind].keys()
         assert all(torch.allclose(value.double(), two[kind][name].double(), rtol=1e-9, atol=1e-10) for name, value in one[kind].items()), kind
+    assert one["bf16"].keys() == {"cls", "distill"} and all(value == pytest.approx(two["bf16"][name].item(), abs=0.05) for name, value in one["bf16"].items())
 
 
 def test_torchrun_trains_evaluates_each_clip_once_and_one_process_goes_on(tmp_path, media):
@@ -1217,7 +1249,9 @@ def test_torchrun_trains_evaluates_each_clip_once_and_one_process_goes_on(tmp_pa
     assert xmkd.main([*longer, *common, "--resume"]) == 0
     assert "resumed with 1 processes after 2" in json.loads((tmp_path / "run" / "results.json").read_text())["warnings"][-1]
     refused = torchrun(HERE / "xmkd.py", *tiny, *common, "--batch-size", "7")
-    assert refused.returncode and refused.stderr.count("--batch-size 7 is not a multiple of the 2 processes") == 1
+    assert refused.returncode and "] error: --batch-size 7 is not a multiple of the 2 processes" in refused.stderr
+    evaluated = torchrun(HERE / "xmkd.py", "--eval", tmp_path / "run" / "best.pt", "--out", tmp_path / "eval", "--cache", tmp_path / "cache", "--workers", "0", processes=3)
+    assert evaluated.returncode == 0 and json.loads((tmp_path / "eval" / "results.json").read_text())["metrics"] == pytest.approx(again, abs=1e-6)
 
 
 def test_benchmark_prints_loader_step_and_epoch(tmp_path, capsys):

@@ -957,15 +957,17 @@ class ClipStore(Dataset[Any]):
     def key(self, i: int, kind: str) -> str:
         """Changes with all that the stream of clip i depends on, the state of its file included."""
         clip, path = self.clips[i], getattr(self.clips[i], kind)
-        stat = os.stat(path) if path and os.path.exists(path) else None
+        stat = os.stat(path) if path and os.path.isfile(path) else None
         source = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns, *clip[5:]) if path and stat else clip
-        return digest(__version__, kind, source, self.depends[kind], self.raw and kind == "video")
+        as_decoded = kind == "video" and (self.raw or self.folder is None)
+        return digest(__version__, clip.id, kind, source, self.depends[kind], as_decoded)
 
     def stream(self, i: int, kind: str) -> np.ndarray:
         """(samples,) int16, or frames (T, ...) for `read_frames`. InputError: clip i cannot be decoded."""
         file = self.folder and self.folder / "clips" / (name := self.key(i, kind))[:2] / f"{name}.npy"
         if file and file.exists():
-            return np.load(file, mmap_mode="r")
+            with suppress(ValueError, EOFError):                        # damaged since: decoded again
+                return np.load(file, mmap_mode="r")
         try:
             content = self.load(self.clips[i], kind)
             array = ((content.clamp(-1, 1) * 32767).round().short().numpy() if kind == "audio" else
@@ -991,9 +993,10 @@ class ClipStore(Dataset[Any]):
                progress: Callable[[int, int], None]) -> list[tuple[int, list[int], int, str]]:
         """The result of every job, in order, done by `workers` processes of each of torchrun's."""
         own, done = jobs[RANK::WORLD], []
-        loader: Any = DataLoader(self, sampler=own, batch_size=None, num_workers=workers)  # type: ignore[arg-type]
-        for result in watch(loader, self):
-            done.append(result)
+        step = min(max(len(own) // 1000, 1), 256)                       # a worker's item; of one clip each it is slow
+        parts: Any = [own[k:k + step] for k in range(0, len(own), step)]
+        for results in watch(DataLoader(self, batch_sampler=parts, collate_fn=list, num_workers=workers), self):
+            done += results
             progress(len(done), len(own))
         shares: list[Any] = [done] * WORLD
         if WORLD > 1:
@@ -1009,8 +1012,7 @@ def watch(loader: Any, store: ClipStore) -> Iterator[Any]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        due = [*(loader.batch_sampler or loader.sampler)][count]
-        ids = [store.clips[i].id for i, _ in (due if isinstance(due, list) else [due])]
+        ids = [store.clips[i].id for i, _ in [*loader.batch_sampler][count]]
         raise InputError(f"{str(error).splitlines()[0]} Due were {', '.join(ids)}; if memory ran out, lower --workers"
                          ) from error
 
@@ -1087,7 +1089,7 @@ class EpochBatches(Sampler[Any]):
     """Shuffled batches of (clip, view seed), given by seed and `epoch`; under torchrun each process's part of them.
 
     weights   chance of each clip, drawn with replacement; None: each clip once an epoch
-    multiple  batches hold a multiple of so many clips; a last one of fewer than twice that joins the one before
+    multiple  a last batch of less than twice that joins the one before, and leaves clips out to be a multiple of it
     """
     def __init__(self, clips: Sequence[int], batch_size: int, seed: int, weights: Tensor | None = None,
                  multiple: int = WORLD) -> None:
@@ -1129,13 +1131,13 @@ class Data(NamedTuple):
     def loader(self, clips: Sequence[int], spec: ViewSpec, protocol: str, settings: dict[str, Any], seed: int = 0,
                teacher: Tensor | None = None) -> Any:
         """Shuffled batches of training views, or the windows of each clip in order."""
-        views, size, batches = Views(self, spec, protocol, teacher), settings["batch_size"], None
+        views, size, batches = Views(self, spec, protocol, teacher), max(1, settings["batch_size"] // WORLD), None
         if protocol == "train":
             weights, pairs = None, 2 if settings["mixup"] else 1
             if settings["class_balanced"]:              # a class at random, then one of its clips, as PANNs does
                 owned = Counter(label for i in clips for label in self.store.clips[i].labels)
                 weights = torch.tensor([sum(1 / owned[label] for label in self.store.clips[i].labels) for i in clips])
-            batches = EpochBatches(clips, pairs * size, seed, weights, pairs * WORLD)
+            batches = EpochBatches(clips, pairs * settings["batch_size"], seed, weights, pairs * WORLD)
         return DataLoader(views, batch_sampler=batches or [  # type: ignore[arg-type]
             [(i, 0) for i in clips[b:b + size]] for b in range(0, len(clips), size)], collate_fn=join_views,
             num_workers=settings["workers"], persistent_workers=settings["workers"] > 0,
@@ -1229,7 +1231,8 @@ def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = 
     """
     settings, data, spec, console = job
     device, training, progress = next(network.parameters()).device, network.training, console.progress(label)
-    share = [clips[k % len(clips)] for k in range(RANK, math.ceil(len(clips) / WORLD) * WORLD, WORLD)]
+    part = math.ceil(len(clips) / WORLD)
+    share = [clips[k % len(clips)] for k in range(RANK * part, (RANK + 1) * part)]
     loader = data.loader(share, spec, protocol, settings)
     prepare, scores, pooled = Prepare(spec.size).to(device), [], []
     network.eval()
@@ -1242,7 +1245,7 @@ def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = 
         pooled += [p.mean(0).cpu() for p in torch.cat([part.pooled for part in parts]).float().split(counts)]
         progress(step, len(loader))
     network.train(training)
-    return join_shares(torch.stack(scores), len(clips)), join_shares(torch.stack(pooled), len(clips))
+    return gather(torch.stack(scores))[:len(clips)], gather(torch.stack(pooled))[:len(clips)]
 
 def final_metrics(job: Job, network: nn.Module) -> dict[str, float]:
     """The task's final protocol: consecutive windows of every clip; for retrieval, training clips are the gallery."""
@@ -1262,14 +1265,19 @@ def mixup(*parts: Tensor) -> list[Tensor]:
     by_clip = [weights.view(-1, *[1] * (part.ndim - 1)) for part in parts]
     return [weight * part[0::2] + (1 - weight) * part[1::2] for weight, part in zip(by_clip, parts)]
 
+def probe_of(job: Job, embeddings: Tensor) -> nn.Linear:
+    """A linear probe on the training clips, or on 50,000 of them where there are more."""
+    some = job.data.train[::math.ceil(len(job.data.train) / 50_000)]
+    return linear_probe(embeddings[some], job.data.labels(some), len(job.data.classes))
+
 def make_distiller(job: Job, method: str, teacher: Tensor | None) -> nn.Module | None:
     """What a method trains beside the student: the noise filter, a `Distiller` or nothing."""
     if teacher is None or method == "student":
         return None
-    classes, dim, train = len(job.data.classes), 8 * job.settings["width"], job.data.train
+    classes, dim = len(job.data.classes), 8 * job.settings["width"]
     if method in ("mnf", "xmkd"):
         return ModalityNoiseFilter(classes, dim, teacher_dim=teacher.shape[1])
-    probe = linear_probe(teacher[train], job.data.labels(train), classes) if method == "kd" else None
+    probe = probe_of(job, teacher) if method == "kd" else None
     return Distiller(method, classes, dim, teacher.shape[1], job.settings["csc_offset"], probe)
 
 def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | None], optimizer: torch.optim.Optimizer,
@@ -1461,7 +1469,7 @@ def choose_teacher(job: Job, folder: Path, network: nn.Module | None) -> tuple[n
     """The network behind --teacher and what it is; `network` is the pretrained one, if it could be had."""
     choice = job.settings["teacher"]
     if network is not None:
-        return network.to(job.settings["device"]), {"kind": "torchvision r2plus1d_18, Kinetics-400"}
+        return equip(network, job.settings), {"kind": "torchvision r2plus1d_18, Kinetics-400"}
     if choice in ("auto", "scratch"):
         return train_teacher(job, folder)
     return restore(job, "teacher", load_checkpoint(choice)), {"kind": f"checkpoint {choice}"}
@@ -1476,10 +1484,12 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
         reason = "torchaudio has no pretrained tagging network"
         if spec.kind == "video":
             try:
-                network = KineticsTeacher(console.terminal)
+                network = KineticsTeacher(console.terminal) if RANK == 0 else None
             except (OSError, RuntimeError) as error:                    # no network, or half a download
                 reason = f"torchvision's r2plus1d_18 cannot be had ({error})"
-        if network is None:
+        if agree(network is not None):
+            network = network or KineticsTeacher()                      # process 0 has downloaded it
+        else:
             console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
     file = choice not in ("auto", "scratch")
     source = hashlib.sha256(Path(choice).read_bytes()).hexdigest() if file else "Kinetics-400" if network else choice
@@ -1488,12 +1498,13 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     files = [[data.store.key(i, spec.kind) for i in part] for part in (data.train, data.eval)]
     labels = [data.store.clips[i].labels for i in data.train]
     folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes, data.train, data.eval)}"
-    if not (folder / "embeddings.pt").exists():
+    folder, done = agree((folder, (folder / "embeddings.pt").exists()))
+    if not done:
         folder.mkdir(parents=True, exist_ok=True)
         network, info = choose_teacher(job, folder, network)
         jobs = [(i, (spec.kind,)) for i in data.eval]
-        done = data.store.decode(jobs, settings["workers"], console.progress("decoding"))
-        shared = [i for i, *_, reason in done if not reason]
+        decoded = data.store.decode(jobs, settings["workers"], console.progress("decoding"))
+        shared = [i for i, *_, reason in decoded if not reason]
         scores, found = predict(job, network, data.train + shared, label="teacher embeddings")
         pooled = torch.zeros(len(data.store.clips), found.shape[1])
         pooled[data.train + shared] = found
@@ -1516,7 +1527,7 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
         kept = run_teacher(job, cache)
         embeddings, shared, info, scores = kept["pooled"], kept["shared"], kept["info"], kept["scores"]
     if shared and scores is None:                                       # it has other classes or none
-        probe = linear_probe(embeddings[data.train], data.labels(data.train), len(data.classes))
+        probe = probe_of(job, embeddings)
         scores, info["scored_by"] = probe(embeddings[shared]), "a linear probe on its embeddings"
     return embeddings, {**info, "metrics": score(settings["task"], scores, data.labels(shared))} if shared else info
 
@@ -1555,7 +1566,7 @@ def write(path: Path, content: Any) -> None:
 
     Raises OSError that names the path and the space left.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
             if path.suffix == ".pt":
@@ -1580,13 +1591,12 @@ def save(path: Path, content: Any) -> None:
     if WORLD > 1:
         dist.barrier()
 
-def join_shares(rows: Tensor, total: int) -> Tensor:
-    """Rows that torchrun's processes hold in turn, as many each, in order; the first `total` of them."""
-    shares = [rows]
+def agree(value: Any) -> Any:
+    """Process 0's value in all of torchrun's."""
+    box = [value]
     if WORLD > 1:
-        shares = [torch.empty_like(rows) for _ in range(WORLD)]
-        dist.all_gather(shares, rows)
-    return torch.stack(shares, dim=1).flatten(0, 1)[:total]
+        dist.broadcast_object_list(box)
+    return box[0]
 
 def equip(network: nn.Module, settings: dict[str, Any]) -> nn.Module:
     """A network on the run's device, computing as --amp and --compile say; what it returns stays float32."""
@@ -1602,6 +1612,7 @@ def synced_batch_norm(norm: Any, x: Tensor) -> Tensor:
     """Batch normalisation by the statistics of all processes' parts, where nn.SyncBatchNorm has no kernel (CPU)."""
     if not norm.training:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    x, dtype = x.to(norm.weight.dtype), x.dtype
     axes, column, n = [0, *range(2, x.ndim)], (-1, *[1] * (x.ndim - 2)), x.numel() // x.shape[1] * WORLD
     mean = AllReduce.apply(x.mean(axes)) / WORLD
     variance = AllReduce.apply((x - mean.view(column)).square().mean(axes)) / WORLD
@@ -1609,7 +1620,7 @@ def synced_batch_norm(norm: Any, x: Tensor) -> Tensor:
     norm.running_var.lerp_(variance.detach() * n / (n - 1), norm.momentum)
     norm.num_batches_tracked += 1
     scale = norm.weight * (variance + norm.eps).rsqrt()
-    return (x - mean.view(column)) * scale.view(column) + norm.bias.view(column)
+    return ((x - mean.view(column)) * scale.view(column) + norm.bias.view(column)).to(dtype)
 
 def distribute(network: nn.Module, helper: nn.Module | None, optimizer: torch.optim.Optimizer) -> nn.Module:
     """Under torchrun: the network as one of several that train as one; the helper, whole in each, is kept the same."""
@@ -1756,7 +1767,7 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # what a
     "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
              "crop_area": 0.7, "csc_offset": 0.3}}
 RUN_OPTIONS = {"out", "cache", "eval", "resume", "workers", "device", "quiet", "compare", "method",
-               "seeds", "seed", "epochs", "max_skipped", "no_cache", "compile", "benchmark"}     # may differ on --resume
+               "seeds", "seed", "epochs", "max_skipped", "compile", "benchmark"}      # may differ on --resume
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options not given are absent: the checkpoint's or the data set's recipe fills them in."""
@@ -1839,8 +1850,10 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     """Indexes a data set, decodes it, writes skipped.csv; fits settings["seconds"] to the clips. Raises InputError."""
     skipped: list[tuple[str, str]] = []
     gc.disable()                                                        # millions of clips are searched for no cycle,
-    clips, classes, needs = list_clips(layout, settings, skipped, console)
-    gc.enable()
+    try:
+        clips, classes, needs = list_clips(layout, settings, skipped, console)
+    finally:
+        gc.enable()
     gc.freeze()                                                         # and not copied into the loader's processes
     side = round(settings["size"] * 128 / 112)                          # 112 is cropped from a shorter side of 128
     load: Any = partial(load_stream, fps=settings["fps"], size=side)
@@ -1853,7 +1866,8 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     jobs: list[tuple[int, Sequence[str]]] = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
     if store.folder:
         some = store.decode(jobs[::max(1, len(jobs) // 8)], settings["workers"], console.progress("decoding"))
-        size, free = len(jobs) * sum(n for _, _, n, _ in some) / len(some), shutil.disk_usage(out).free
+        cache.mkdir(parents=True, exist_ok=True)
+        size, free = len(jobs) * sum(n for _, _, n, _ in some) / len(some), shutil.disk_usage(cache).free
         console.say(f"cache   {cache}: about {size / 1e9:.2g} GB when all is decoded; {free / 1e9:.3g} GB are free there")
     done = store.decode(jobs, settings["workers"], console.progress("decoding"))
     bad = {i: reason for i, *_, reason in done if reason}
@@ -1922,10 +1936,11 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         raise InputError(f"--teacher-features {settings['teacher_features']} is not a folder; give one of .npy files")
     if settings["device"] == "auto":
         settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if settings["device"] == "cuda" and WORLD > 1:
+    if settings["device"].startswith("cuda") and WORLD > 1:             # each process has its own
         settings["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.zeros(1, device=settings["device"])
+        if (device := torch.zeros(1, device=settings["device"]).device).type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {settings['device']} cannot be used: {str(error).splitlines()[0]}") from error
     if settings["amp"] == "auto":
@@ -1934,7 +1949,9 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     settings.setdefault("class_balanced", layout == "audioset" and settings["split"] != "balanced")
     if settings["mixup"] and settings["task"] != "audio_tagging":
         raise InputError(f"--mixup mixes tags, and --task {settings['task']} has one label a clip; leave it out")
-    if settings["batch_size"] % WORLD:
+    if settings["benchmark"] and WORLD > 1:
+        raise InputError("--benchmark measures one process; start it without torchrun")
+    if settings["batch_size"] % WORLD and not saved:
         raise InputError(f"--batch-size {settings['batch_size']} is not a multiple of the {WORLD} processes; make it one")
     both = layout == "demo" and "method" not in given and not settings["benchmark"]
     default = "student,xmkd" if both else given.get("method", "xmkd")
@@ -1997,7 +2014,7 @@ def benchmark(job: Job, method: str) -> None:
     settings, data, spec, console = job._replace(settings={**job.settings, "mixup": False})
     device, teacher = torch.device(settings["device"]), torch.rand(len(data.store.clips), 8 * settings["width"])
     cuda, prepare = device.type == "cuda", Prepare(spec.size, settings["spec_augment"]).to(device)
-    loader = data.loader(data.train, spec, "train", settings, settings["seed"], teacher)
+    loader = data.loader(data.train * 100, spec, "train", settings, settings["seed"], teacher)
     def clock() -> float:
         if cuda:
             torch.cuda.synchronize()
@@ -2012,23 +2029,27 @@ def benchmark(job: Job, method: str) -> None:
         train_step(trained, helper, optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"])
     with FlopCounterMode(display=False) as counter:                     # it cannot look into compiled code
         step(*set_up(job._replace(settings={**settings, "compile": False}), method, settings["seed"], teacher)[1:4])
-    network, *parts = set_up(job, method, settings["seed"], teacher)
-    marks: list[float] = []
-    mark = lambda *_: marks.append(clock())
-    network.register_forward_pre_hook(mark), network.register_forward_hook(mark), parts[2].register_step_pre_hook(mark)
-    rows, begun = [], math.inf
+    network, _, helper, optimizer, _ = set_up(job, method, settings["seed"], teacher)
+    rows, marks, timed, begun = [], [0.0], nn.Module(), math.inf
+    def forward(inputs: Tensor) -> Any:
+        marks.append(clock())
+        features = network(inputs)
+        marks.append(clock())
+        return features
+    timed.forward = forward
+    optimizer.register_step_pre_hook(lambda *_: marks.append(clock()))
     while len(rows) < 6 or clock() - begun < 5:                         # the first three compile and choose kernels
         begun = clock() if len(rows) == 3 else begun
         marks[:] = [clock()]
-        step(*parts[:3])
+        step(timed, helper, optimizer)
         rows.append(np.diff([*marks, clock()]) * 1e3)
     times, memory = np.median(rows[3:], axis=0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     rate, memory = len(labels) / times.sum() * 1e3, torch.cuda.max_memory_allocated() if cuda else memory
     name, clips = ("AudioSet's balanced list", 22160) if spec.kind == "audio" else ("UCF51", 4892)
-    prepared, forward, backward, update = times
+    prepared, forwards, backward, update = times
     console.say(f"loader  {supply:,.0f} clips/s by {settings['workers']} workers\n"
                 f"step    {times.sum():,.1f} ms for {len(labels)} clips, {rate:,.1f} clips/s: views {prepared:.1f}, "
-                f"forward {forward:.1f}, losses and backward {backward:.1f}, optimizer {update:.1f}\n"
+                f"forward {forwards:.1f}, losses and backward {backward:.1f}, optimizer {update:.1f}\n"
                 f"        {counter.get_total_flops() * rate / len(labels) / 1e12:.3g} TFLOP/s in convolutions and "
                 f"products, peak memory {memory / 2 ** 30:.2f} GiB\n"
                 f"epoch   {clips / min(rate, supply) / 60:,.1f} min for {name} ({clips:,} clips)\n"
@@ -2070,10 +2091,9 @@ def run(given: dict[str, Any]) -> None:
             compare(job, methods, cache, out)
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Command line entry; returns the exit code. Under torchrun all say what went wrong, once they know of each other."""
+    """Command line entry; returns the exit code."""
     def tell(text: str) -> None:
-        if RANK == 0 or dist.is_initialized():
-            print(text if WORLD == 1 else f"[{RANK}] {text}", file=sys.stderr)
+        print(text if WORLD == 1 else f"[{RANK}] {text}", file=sys.stderr)
     try:
         run(vars(build_parser().parse_args(argv)))
     except (InputError, OSError) as error:
@@ -2098,5 +2118,6 @@ def terminate(*_: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, terminate)
+    if RANK == 0:                                                       # the others just end
+        signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())
