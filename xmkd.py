@@ -45,7 +45,6 @@ import statistics
 import sys
 import time
 import warnings
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -491,19 +490,22 @@ def open_media(path: str | Path, kind: str) -> Iterator[Any]:
     av.logging.set_level(None)                                                  # FFmpeg's own messages name no file
     try:
         if not os.path.isfile(name):
-            raise InputError("not a regular file" if os.path.exists(name) else "no such file")
+            raise InputError("not a regular file" if os.path.exists(name) else "no such file, or a link to none")
         if os.path.getsize(name) == 0:
             raise InputError("empty file (0 bytes)")
         with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
-            with av.open(file, "r", metadata_errors="replace") as container:
+            alone = {"protocol_whitelist": ""}                  # a playlist may name further files, addresses and ports
+            with av.open(file, "r", options=alone, metadata_errors="replace") as container:
                 stream = container.streams.best(kind)
                 if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
                     raise InputError(f"no {kind} stream")                       # a cover picture is no video
+                if stream.codec_context is None:
+                    raise InputError(f"its {kind} is in a codec that FFmpeg does not know; convert it")
                 stream.thread_type, stream.codec_context.thread_count = "NONE", 1
                 yield stream
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    except (av.error.FFmpegError, OSError, EOFError, zlib.error) as error:
+    except Exception as error:                                          # a dozen kinds, by what is wrong with the file
         raise InputError(f"{name}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
 
 def timed_frames(stream: Any, start: float, end: float | None) -> Iterator[tuple[float, Any]]:
@@ -511,7 +513,7 @@ def timed_frames(stream: Any, start: float, end: float | None) -> Iterator[tuple
     container = stream.container
     origin = (container.start_time or 0) / av.time_base
     if start > 0:
-        with suppress(av.error.FFmpegError):                                    # no index: decode from the beginning
+        with suppress(av.error.FFmpegError, OverflowError):                     # no index: decode from the beginning
             container.seek(int((max(start - 0.5, 0.0) + origin) * av.time_base))
     for packet in container.demux(stream):
         try:
@@ -528,19 +530,29 @@ def check_length(stream: Any, start: float, end: float | None, got: float) -> No
     """InputError where the header promises over 10 % (at least 0.3 s) more than the seconds got: a cut-off file."""
     if got <= 0:
         raise InputError(f"no {stream.type} between {start:g} and {'the end' if end is None else f'{end:g}'} s")
-    container, clock = stream.container, stream.metadata.get("DURATION", "0:0:0").split(":")    # where Matroska keeps it
-    total = float(stream.duration * stream.time_base) if stream.duration else np.dot([*map(float, clock)], [3600, 60, 1])
-    if not total and len(container.streams) == 1:
-        total = (container.duration or 0) / av.time_base
+    container = stream.container
+    if stream.duration:
+        total = float(stream.duration * stream.time_base)
+    else:                                               # Matroska tells when a stream ends, and that where it has a tag
+        total = (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
+        with suppress(ValueError):
+            total = np.dot([*map(float, stream.metadata.get("DURATION", "").split(":"))], [3600, 60, 1])
+        total -= (container.start_time or 0) / av.time_base
     promised = 0.0 if container.format.name in ("mp3", "aac") else min(total, end or total) - start     # those guess it
     if got < promised - max(0.3, 0.1 * promised):
         raise InputError(f"truncated, {got:.1f} of {promised:.1f} s of {stream.type} decoded")
+
+def check_room(kind: str, seconds: float, rate: float) -> None:
+    """InputError where so many seconds, at `rate` bytes each, would fill memory: damaged timestamps often reach far."""
+    if seconds * rate > 2 ** 31:
+        raise InputError(f"its {kind} reaches {seconds:.0f} s by its timestamps, and {2 ** 31 / rate:.0f} s fill the 2 "
+                         "GiB that a clip may take; cut it into clips, or convert it if that is not its length")
 
 def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None, rate: int = 32000) -> Tensor:
     """Samples of the file's best audio stream between two times: (samples,) float32, mono, about -1..1.
 
     start, end  seconds on the file's own clock; end=None reads to its end.   rate  Hz.
-    Raises InputError: unreadable, no audio stream, nothing in the range, shorter than the header promises.
+    Raises InputError: unreadable, no audio stream, nothing in the range, shorter than the header promises (but for WAV).
     """
     pieces: list[Any] = []
     first = None
@@ -549,14 +561,18 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
         for _, group in itertools.groupby(timed_frames(stream, start, end), layout):
             resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
             for seconds, frame in group:
+                check_room("audio", seconds + frame.samples / frame.sample_rate - start, 4 * rate)
                 first = seconds if first is None else first
                 frame.pts = None                                                # no gap filling: sample counts keep time
                 pieces += resampler.resample(frame)
             pieces += resampler.resample(None)
-        samples = np.concatenate([np.zeros(0, np.float32), *(piece.to_ndarray()[0] for piece in pieces)])
-        begin = max(round((start - (first or 0.0)) * rate), 0)
+        late = round(((start if first is None else first) - start) * rate)     # a late start is preceded by silence
+        silence, begin = np.zeros(max(late, 0), np.float32), max(-late, 0)
+        samples = np.concatenate([silence, *(piece.to_ndarray()[0] for piece in pieces)])
         samples = samples[begin:None if end is None else begin + round((end - start) * rate)]
         check_length(stream, start, end, len(samples) / rate)
+        if not np.isfinite(samples).all():
+            raise InputError("its audio holds numbers that are infinite, or none at all (NaN); mend or convert it")
     return torch.from_numpy(samples)
 
 def to_picture(frame: Any, size: tuple[int, int] | int, reformatter: VideoReformatter) -> Any:
@@ -589,6 +605,8 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
             while start + len(pictures) / fps < stop - 1e-6:
                 picture = to_picture(frame, size, reformatter) if picture is None else picture
                 pictures.append(picture)
+                size = picture.shape[1:]                                        # the shape of all, even if it changes
+                check_room("video", len(pictures) / fps, picture.nbytes * fps)
         check_length(stream, start, end, seconds + period - start if pictures else 0.0)
     return torch.from_numpy(np.stack(pictures))
 
