@@ -752,6 +752,105 @@ def test_audioset_list_errors_name_file_and_line(tmp_path, row, says):
         xmkd.read_audioset(root)
 
 
+@pytest.mark.parametrize("row, says", [
+    ("\"aaaaaaaaaa0, 0, 10, /m/1\n" + "bbbbbbbbbb1, 0, 10, /m/1\n" * 9000, ":[0-9]+: field larger than .*a quote that is opened"), ("aaaaaaaaaa0, nan, 10, /m/1\n", ":1: expected"),
+    ("aaaaaaaaaa0; 0; 10; /m/1\n", ":1: expected"), ("aaaaaaaaaa0, 0, inf, /m/1\n", ":1: expected"), ('aaaaaaaaaa0, 0, 10, "/m/1\n"\nshort, 0, 10, /m/1\n', ":3: expected")])
+def test_audioset_lists_that_cannot_be_read_name_the_line_of_the_file(tmp_path, row, says):
+    root = audioset(tmp_path)
+    (root / "balanced_train_segments.csv").write_text(row)
+    with pytest.raises(xmkd.InputError, match=f"balanced_train_segments.csv{says}"):
+        xmkd.read_audioset(root)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("index,mid,display_name,\r\n0,/m/1,One,\r\n,,,\r\n1,/m/2,Two,\r\n", ""), ("\ufeffindex,mid,display_name\n1,/m/2,Two\n0,/m/1,One\n", ""),
+    ("index,mid,display_name\n0,/m/1,One\n1,/m/2\n", ":3: expected"), ("index,mid,display_name\n0,/m/1,One\nx,/m/2,Two\n", ":3: expected"), ("mid,name\n/m/1,One\n", ":2: expected")])
+def test_class_labels_mangled_by_editors_parse_or_name_the_line(tmp_path, text, says):
+    root = audioset(tmp_path)
+    (root / "class_labels_indices.csv").write_bytes(text.encode())
+    if not says:
+        assert xmkd.read_audioset(root)[1] == ["One", "Two"]
+        return
+    with pytest.raises(xmkd.InputError, match=f"class_labels_indices.csv{says}"):
+        xmkd.read_audioset(root)
+
+
+def ucf101(root, train, evaluation=b"Typing/v_Typing_g01_c01.avi\n"):
+    """UCF-101 with one class, whose file of the evaluation list is there."""
+    (root / "ucfTrainTestlist").mkdir()
+    for name, text in (("classInd.txt", b"95 Typing\n"), ("trainlist01.txt", train), ("testlist01.txt", evaluation)):
+        (root / "ucfTrainTestlist" / name).write_bytes(text)
+    for name in ("v_Typing_g01_c01.avi", "v_Typing_g08_c01.avi"):
+        (root / name).touch()
+    return root
+
+
+def test_clips_listed_twice_count_once_and_are_reported(tmp_path):
+    row, (skipped, others, thirds) = b"Typing/v_Typing_g01_c01.avi 95\n", ([], [], [])
+    clips, _ = xmkd.read_ucf101(ucf101(tmp_path, row + row), skipped=skipped)
+    assert [c.split for c in clips] == ["train"] and [reason for _, reason in skipped] == ["listed twice; the first row counts"] * 2
+    (tmp_path / "vggsound.csv").write_text("aaaaaaaaaa0,30,dog,train\naaaaaaaaaa0,30,cat,test\n")
+    (tmp_path / "aaaaaaaaaa0_000030.mp4").touch()
+    clips, classes = xmkd.read_vggsound(tmp_path, others)
+    assert [c.split for c in clips] == ["train"] and classes == ["dog"] and others == [(f"aaaaaaaaaa0_000030 ({tmp_path}/vggsound.csv:2)", "listed twice; the first row counts")]
+    (tmp_path / "a").mkdir()
+    root = audioset(tmp_path / "a", train=("aaaaaaaaaa0", "aaaaaaaaaa0"))
+    clips, _ = xmkd.read_audioset(root, skipped=thirds)
+    assert len(clips) == 2 and clips[0].start == 0 and "listed twice" in thirds[0][1]
+
+
+@pytest.mark.parametrize("train", [b"\xff\xfeT\x00y\x00\n\x00", bytes(range(256)), b"v_Typing_g08_c01.avi\n", b'"Typing/v_Typing_g08_c01.avi 95"\r\n', b"../../etc/x.avi 1\n"])
+def test_ucf101_rows_that_say_nothing_are_reported(tmp_path, train):
+    clips, _ = xmkd.read_ucf101(ucf101(tmp_path, train), skipped=(skipped := []))
+    assert [c.split for c in clips] == ["eval"] and skipped and all("class" in reason for _, reason in skipped)
+
+
+def annotated(root, text):
+    (root / "activity_net.v1-3.min.json").write_text(text if isinstance(text, str) else json.dumps(
+        {"database": {"aaaaaaaaaa0": {"subset": "training", "annotations": [{"label": "x", "segment": text}]}}}), encoding="utf-8")
+    (root / "v_aaaaaaaaaa0.mp4").touch()
+    return root
+
+
+@pytest.mark.parametrize("content", [[-1, 2], [3, 2], [2, 2], [math.nan, 2], [1, math.inf]])
+def test_annotated_segments_that_are_no_time_name_file_and_clip(tmp_path, content):
+    with pytest.raises(xmkd.InputError, match="activity_net.v1-3.min.json: .*v_aaaaaaaaaa0_0: segment .* needs 0 <= start < end"):
+        xmkd.read_annotations(annotated(tmp_path, content))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"database": [1]}', [1, 2, 3], "\0", [1, None]])
+def test_annotations_that_are_none_name_the_file(tmp_path, content):
+    with pytest.raises(xmkd.InputError, match="activity_net.v1-3.min.json: expected `database`"):
+        xmkd.read_annotations(annotated(tmp_path, content))
+
+
+@pytest.mark.parametrize("row, line", [("aaaaaaaaaa0,-30,dog,train\n", 1), ("aaaaaaaaaa0,30,dog,train\n\naaaaaaaaaa1,30,dog,train,,\n", 3), ("aaaaaaaaaa0,3.5,dog,train\n", 1),
+                                       ('aaaaaaaaaa0,30,"dog\nor cat",train\nx\n', 3), ("aaaaaaaaaa0," + "9" * 5000 + ",dog,train\n", 1), ('aaaaaaaaaa0,30,"' + "x" * 200_000, 1)])
+def test_vggsound_rows_that_cannot_be_read_name_the_line_of_the_file(tmp_path, row, line):
+    (tmp_path / "vggsound.csv").write_text(row)
+    with pytest.raises(xmkd.InputError, match=f"vggsound.csv:{line}: "):
+        xmkd.read_vggsound(tmp_path)
+
+
+def test_no_list_opens_what_lies_outside_its_folder(tmp_path):
+    """Ids with a path in them are no more than names that no file has; list and feature files that are pipes are none."""
+    outside, root = tmp_path / "x.mp4", tmp_path / "data"
+    encode(outside), encode(tmp_path / "x.wav"), np.save(tmp_path / "x.npy", np.ones(3))
+    root.mkdir()
+    audioset(root, train=("aaaaaaaaaa0", "../../etc/x", "../x.wav000")), ucf101(root, b"Typing/../../x.avi 95\n../x.mp4 95\n")
+    annotated(root, '\ufeff{"database": {"../../x": {"subset": "training", "label": "a"}, "../x": {"subset": "training", "label": "a"}, "v_aaaaaaaaaa0": {"subset": "training", "label": "a"}}}')
+    (root / "vggsound.csv").write_text("../../etc/x,30,dog,train\naaaaaaaaaa0,30,dog,train\n")
+    (root / "aaaaaaaaaa0_000030.mp4").touch()
+    for name in ("all_eval_segments.csv", "activity_net.v9.json", "x.npy"):
+        os.mkfifo(root / name)
+    code = """
+for read in (xmkd.read_audioset, xmkd.read_ucf101, xmkd.read_annotations, xmkd.read_vggsound):
+    clips, _ = read(sys.argv[1], skipped=(skipped := []))
+    print(len(clips), len(skipped), all(path.startswith(sys.argv[1]) for clip in clips for path in clip[3:5] if path))
+print(xmkd.find_features(sys.argv[1], [xmkd.Clip('../x', (0,), 'train')]), xmkd.find_layout(sys.argv[1]))"""
+    assert in_time(60, code, root).split() == "2 2 True 1 2 True 1 2 True 1 1 True {} ucf101".split()
+
+
 def test_audioset_without_a_match_shows_ids_and_files(tmp_path):
     with pytest.raises(xmkd.InputError, match=r"listed: aaaaaaaaaa0, bbbbbbbbbb0; files seen: other.wav"):
         xmkd.read_audioset(audioset(tmp_path, files=["other.wav"]))

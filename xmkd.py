@@ -653,7 +653,8 @@ def walk_files(root: str | Path, *endings: str) -> Iterator[str]:
             continue
         seen.add(here)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (f"{folder}/{name}" for name in files if name[0] != "." and name.endswith(endings or ""))
+        paths = (f"{folder}/{name}" for name in files if name[0] != "." and name.endswith(endings or ""))
+        yield from filter(os.path.isfile, paths) if endings else paths          # lists are opened at once: no pipes
 
 def walk_media(root: str | Path) -> list[str]:
     """Sorted paths of the media files under `root`, told by extension."""
@@ -684,8 +685,11 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
 def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
     """("file:line", fields) of each row of a list in CSV."""
     with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
-        for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
-            yield f"{table}:{number}", row
+        reader = csv.reader(file, skipinitialspace=True)
+        try:
+            yield from ((f"{table}:{reader.line_num}", row) for row in reader)
+        except csv.Error as error:
+            raise InputError(f"{table}:{reader.line_num}: {error}; a quote that is opened and not closed?") from error
 
 def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[tuple[str, Clip]]:
     """("file:line", clip) of an AudioSet list, `id, start, end, "mid,mid"`; tolerates what editors do to such files."""
@@ -721,10 +725,13 @@ def read_audioset(root: str | Path, split: str = "balanced",
         raise InputError(f"no class_labels_indices.csv under {root}; AudioSet publishes it beside the segment lists")
     try:
         with open(labels_file, newline="", encoding="utf-8-sig") as file:
-            rows = sorted(csv.DictReader(file), key=lambda row: int(row["index"]))
-        classes, index_of = [row["display_name"] for row in rows], {row["mid"]: i for i, row in enumerate(rows)}
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"{labels_file}: expected UTF-8 with a header index,mid,display_name ({error!r})") from error
+            reader = csv.DictReader(file)
+            rows = sorted((int(row["index"]), row["mid"], row["display_name"].strip())
+                          for row in reader if any(row.values()))
+        classes, index_of = [name for _, _, name in rows], {mid: i for i, (_, mid, _) in enumerate(rows)}
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        raise InputError(f"{labels_file}:{reader.line_num}: expected UTF-8 with a header index,mid,display_name "
+                         f"({error!r})") from error
     listed: dict[str, Clip] = {}
     for table in (path for path in tables if path.endswith("_segments.csv")):
         kind = next((k for k in ("unbalanced", "balanced", "eval") if k in os.path.basename(table)), "")
@@ -756,7 +763,7 @@ def read_ucf101(root: str | Path, fold: int = 1,
     folders = {p.name.lower(): p for p in Path(root).iterdir() if p.is_dir()}
     lists = folders.get("ucftraintestlist", Path(root) / "ucfTrainTestlist")
     try:
-        names, train, evaluation = ((lists / name).read_text("utf-8-sig").splitlines() for name in
+        names, train, evaluation = ((lists / name).read_text("utf-8-sig", "replace").splitlines() for name in
                                     ("classInd.txt", f"trainlist0{fold}.txt", f"testlist0{fold}.txt"))
     except OSError as error:
         raise InputError(f"{error.filename} is missing; UCF-101's train/test lists have it (--fold 1, 2 or 3)") from None
@@ -765,7 +772,9 @@ def read_ucf101(root: str | Path, fold: int = 1,
     for part, lines in (("train", train), ("eval", evaluation)):
         for entry in [line.split()[0] for line in lines if line.strip()]:
             folder, stem = entry.split("/")[0].lower(), Path(entry).stem
-            if folder in index_of:
+            if stem.lower() in listed:
+                skipped.append((entry, "listed twice; the first row counts"))
+            elif folder in index_of:
                 listed[stem.lower()] = Clip(stem, (index_of[folder],), part)
             else:
                 skipped.append((entry, "its class is not among the 51 that have sound, or not in classInd.txt"))
@@ -790,7 +799,7 @@ def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = N
     listed: dict[str, Clip] = {}
     segments: dict[str, list[str]] = {}                                         # whole video: its clips
     try:
-        content = json.loads(Path(path or root).read_text(encoding="utf-8"))
+        content = json.loads(Path(path or root).read_text(encoding="utf-8-sig"))
         entries = [(f"v_{key}_{k}" if "annotations" in entry else key, entry["subset"], note) for key, entry in
                    content["database"].items() for k, note in enumerate(entry.get("annotations", [entry]))]
         classes = list(content.get("labels") or sorted({note["label"] for _, _, note in entries}))
@@ -798,10 +807,12 @@ def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = N
         for name, subset, note in entries:
             if subset in ("training", "validation"):
                 start, end = map(float, note["segment"]) if "segment" in note else (0.0, None)
+                if end is not None and not 0 <= start < end < math.inf:
+                    raise ValueError(f"{name}: segment {note['segment']}, needs 0 <= start < end; mend or remove it")
                 part = "train" if subset == "training" else "eval"
                 listed[name.lower()] = Clip(name, (index_of[note["label"]],), part, None, None, start, end)
                 segments.setdefault(name.lower().rpartition("_")[0], []).append(name.lower())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: expected `database` of id: subset, label, segment, annotations ({error!r})") from error
     def owners(name: str) -> list[str]:
         stem, ending = os.path.splitext(name.lower())
@@ -826,13 +837,17 @@ def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None
                 if len(row) == 2:
                     row = [row[0][:11], os.path.splitext(row[0])[0][12:], row[1], Path(name).stem]
                 ytid, start, label, split = row
-                rows[f"{ytid}_{int(start):06d}"] = (label, {"train": "train", "test": "eval"}[split], float(start))
+                key, part = f"{ytid}_{int(start):06d}", {"train": "train", "test": "eval"}[split]
+                if int(start) < 0:
+                    raise ValueError
+                if rows.setdefault(key, (label, part, float(start), place))[3] != place and skipped is not None:
+                    skipped.append((f"{key} ({place})", "listed twice; the first row counts"))
             except (ValueError, KeyError):
                 raise InputError(f"{place}: expected id, start in seconds, label, train or test; got {row!r}; "
                                  "mend or remove the line") from None
-    classes = sorted({label for label, _, _ in rows.values()})
+    classes = sorted({label for label, *_ in rows.values()})
     listed = {key: Clip(key, (classes.index(label),), part, None, None, start, start + 10)
-              for key, (label, part, start) in rows.items()}
+              for key, (label, part, start, _) in rows.items()}
     def owners(name: str) -> list[str]:
         keys = [f"{n[:11]}_{os.path.splitext(n[12:])[0].split('_')[0].zfill(6)}" for n in (name, name.removeprefix("v"))]
         return [key for key in keys if key in listed][:1]
