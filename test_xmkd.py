@@ -1238,6 +1238,24 @@ def test_each_task_runs_on_files_and_leaves_what_it_promises(tmp_path, media, ta
     assert all(again[m] == pytest.approx(results["metrics"][m], abs=1e-6) for m in metrics)
 
 
+def test_a_folder_full_of_broken_files_trains_on_the_others(tmp_path, media):
+    root = tmp_path / "data"
+    shutil.copytree(media, root)
+    low, good = os.fsencode(root / "train" / "low"), (media / "train" / "low" / "0.mp4").read_bytes()
+    bad = {b"text.mp4": b"<html>", b"half.mp4": good[:len(good) // 2], b"a b\nc.mp4": b"x", b"\xff.mp4": b"x", b"n" * 196 + b".mp4": b"x", b"concat.mp4": b"ffconcat version 1.0\nfile 0.mp4\n"}
+    for name, content in bad.items():
+        Path(os.fsdecode(low + b"/" + name)).write_bytes(content)
+    os.mkfifo(low + b"/fifo.mp4"), os.symlink(b"loop.mp4", low + b"/loop.mp4"), os.symlink(b"..", low + b"/up"), os.mkdir(low + b"/folder.mp4")
+    encode(root / "train" / "low" / "mute.mp4", audio=False), encode(root / "train" / "low" / "blind.mp4", video=False)
+    shutil.copy(media / "train" / "low" / "1.mp4", low + b"/good \xfe\n.mp4")
+    arguments = [*TINY, "--task", "action_recognition", "--data", root, "--method", "student", "--epochs", "1", "--out", tmp_path / "run", "--max-skipped", "0.9"]
+    in_time(120, "sys.exit(xmkd.main(sys.argv[1:]))", *arguments)
+    with (tmp_path / "run" / "skipped.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reasons = {os.fsencode(path).rpartition(b"/")[2]: reason for path, reason in csv.reader(file)}
+    assert reasons.keys() == {b"path", b"broken.mp4", b"fifo.mp4", b"loop.mp4", b"mute.mp4", b"blind.mp4", *bad} and all(reasons.values())
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["clips"] == {"train": 17, "eval": 6}
+
+
 def test_compare_uses_one_teacher_and_prints_a_table(tmp_path, media, capsys):
     arguments = ["--task", "action_recognition", "--data", str(media), "--compare", "student,mnf,csc,xmkd", "--seeds", "2", "--out", str(tmp_path), "--cache", str(media.parent / "cache")]
     assert xmkd.main([a for a in TINY if a != "--quiet"] + arguments + ["--epochs", "1"]) == 0
@@ -1580,10 +1598,17 @@ def test_teacher_features_replace_the_teacher_whatever_their_width(tmp_path, med
     other = tmp_path / "other"
     (other / "train").mkdir(parents=True)
     assert xmkd.main([*common, "--method", "xmkd", "--out", str(tmp_path / "run" / "xmkd-s3"), "--resume", "--teacher-features", str(other)]) == 2
-    for name, array, says in (("short", np.ones(3), "expected (7,), one embedding a clip"), ("nan", np.full(7, np.nan), "finite"), ("objects", np.array([{}] * 7), "pickled arrays are refused")):
+    for name, array, says in (("short", np.ones(3), "expected (7,), one embedding a clip"), ("nan", np.full(7, np.nan), "finite"), ("objects", np.array([{}] * 7), "pickled arrays are refused"),
+                              ("table", np.ones((7, 1)), "(7, 1); expected (7,)"), ("complex", np.ones(7, complex), "expected real numbers"), ("text", np.array(["1"] * 7), "expected real numbers")):
         path = features / "train" / "low" / "3.npy"
         np.save(path, array)
         assert xmkd.main(common) == 2 and says in capsys.readouterr().err, name
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
+    for shape in ((10**12,), (-7,), (7, 10**12), (10**30,)):                     # promised by the header, not there
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
+            file.write(bytes(28))
+        assert xmkd.main(common) == 2 and f"{path}: no embedding" in capsys.readouterr().err, shape
     assert xmkd.main([*common, "--teacher", "scratch"]) == 2 and "exclude each other" in capsys.readouterr().err
 
 
@@ -1683,6 +1708,35 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(xmkd.InputError, match="no readable checkpoint"):
         xmkd.load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("cls.weight", torch.zeros(3, 5), "cls.weight"), ("cls.weight", torch.zeros(3, 32, dtype=torch.int64), "cls.weight holds torch.int64"),
+    ("cls.weight", torch.zeros(3, 32, dtype=torch.complex64), "cls.weight holds torch.complex64"), ("cls.weight", [1.0], "cls.weight holds <class 'list'>"),
+    ("bn1.weight", torch.full((4,), math.nan), "bn1.weight holds numbers that are infinite"), ("bn1.running_var", torch.full((4,), math.inf), "bn1.running_var"),
+    ("cls.bias", torch.zeros(3).to_sparse(), "cls.bias"),
+    ("cls.weight", torch.zeros(1).expand(10**12, 32), "cls.weight of shape .* more numbers than the file"), ("cls.weight", torch.empty(10**12, 32, device="meta"), "cls.weight of shape")])
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize("authors", [False, True])
+def test_weights_that_cannot_be_are_refused_by_name(tmp_path, key, value, says, authors):
+    state = {**xmkd.make_network("video", 3, 4).state_dict(), key: value}
+    classes = len(value) if says.startswith("cls.weight of") else 3
+    if classes > 3:                                                      # a checkpoint that agrees with itself
+        state["cls.bias"] = torch.zeros(1).expand(classes)
+    ours = {"student": state, "network": {"kind": "video", "num_classes": classes, "width": 4}, "classes": list("abc"), "task": None}
+    torch.save({"state_dict": state} if authors else ours, tmp_path / "bad.pt")
+    with pytest.raises(xmkd.InputError, match=f"bad.pt is no checkpoint .*{says}"):
+        xmkd.load_checkpoint(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 10**12}, {"width": 10**9}, {"width": 10**30}, {"width": 0}, {"width": -4}, {"blocks": [10**12, 1, 1, 1]}, {"stages": 10**9}, {"kind": "x"}])
+def test_networks_that_the_weights_do_not_fill_are_refused_before_they_are_built(tmp_path, change):
+    network = {"kind": "video", "num_classes": 3, "width": 4, **change}
+    torch.save({"student": xmkd.make_network("video", 3, 4).state_dict(), "network": network, "classes": list("abc"), "task": None}, tmp_path / "bad.pt")
+    begun = time.time()
+    with pytest.raises(xmkd.InputError, match="bad.pt is no checkpoint .*`network` asks for"):
+        xmkd.load_checkpoint(tmp_path / "bad.pt")
+    assert time.time() - begun < 5
 
 
 def test_evaluation_leaves_weights_and_mode_alone(tmp_path):

@@ -1461,6 +1461,8 @@ def read_features(paths: Sequence[str]) -> Tensor:
     for path in paths:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)              # its shape is known before it is read
+            if array.dtype.kind not in "fiu":
+                raise ValueError(f"{array.dtype}; expected real numbers")
             if array.ndim != 1 or not array.size or (rows and len(array) != len(rows[0])):
                 raise ValueError(f"{array.shape}; expected ({len(rows[0]) if rows else 'D'},), one embedding a clip")
             rows.append(torch.from_numpy(array.astype(np.float32)))
@@ -1644,8 +1646,23 @@ def network_of(state: dict[str, Tensor]) -> dict[str, Any]:
     return {"kind": "video", "num_classes": len(state["cls.weight"]), "width": len(state["conv1.temporal_conv.weight"]),
             "blocks": blocks}
 
-def check_fit(network: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """RuntimeError naming the keys if a state dict is not that of the network; takes no memory, whatever the sizes."""
+def check_fit(network: dict[str, Any], state: dict[str, Tensor], room: int) -> None:
+    """An error naming the key if a state dict is not that of the network, in finite numbers of at most `room` bytes.
+
+    It takes no memory, whatever the sizes: a tensor of any shape may repeat one number, a network have any arguments.
+    """
+    for key, value in state.items():
+        real = isinstance(value, Tensor) and (value.is_floating_point() or key.endswith("num_batches_tracked"))
+        if not real or value.layout != torch.strided:
+            raise ValueError(f"{key} holds {getattr(value, 'dtype', type(value))}, not dense floats")
+        room -= value.nbytes
+        if room < 0:
+            raise ValueError(f"{key} of shape {tuple(value.shape)} has more numbers than the file")
+        if not value.isfinite().all():
+            raise ValueError(f"{key} holds numbers that are infinite, or none at all (NaN)")
+    fitting = network_of(state)
+    if {**fitting, **network} != fitting:
+        raise ValueError(f"`network` asks for {network}, but the weights are those of {fitting}")
     with torch.device("meta"):
         make_network(**network).load_state_dict(dict(state), assign=True)     # a copy: `assign` sticks to its metadata
 
@@ -1668,18 +1685,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is no readable checkpoint: {reason.splitlines()[0][:150]}") from error
     try:
         if {"student", "network", "classes", "task"} <= content.keys():
-            check_fit(content["network"], content["student"])
+            check_fit(content["network"], content["student"], os.path.getsize(path))
             return content
         if len(content.get("model", {}).get("logmel_extractor.melW", range(513))) != 513:
             raise KeyError("its log-mel is for another sample rate than 32 kHz")
         states = (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {}))
         student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): state[key] for key in state
                                   if "_extractor." not in key} for state in states)     # those of PANNs' log-mel
-        check_fit(network := network_of(student), student)
+        check_fit(network := network_of(student), student, os.path.getsize(path))
         return {"student": student, "filter": noise_filter, "network": network, "task": None, "classes": None,
                 "method": "xmkd" if noise_filter else "student", "seed": 3, "settings": {}, "versions": {},
                 "epoch": content.get("epoch", content.get("iteration", 0))}
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:                                          # likewise
         raise InputError(f"{path} is no checkpoint of this program, the paper's authors or PANNs: "
                          f"{' '.join(str(error).split())[:300]}") from error
 
