@@ -579,7 +579,13 @@ def test_sound_that_is_not_finite_or_endless_is_refused(tmp_path):
     for value in (np.nan, np.inf):
         values[8000] = value
         assert "infinite, or none at all" in refusal(sound(tmp_path / "a.wav", values, 16000, bits=32), "audio")
-    assert "cut it into clips" in refusal(sound(tmp_path / "slow.wav", np.zeros(100_000, np.int16), 1), "audio")              # 28 hours at 1 Hz
+    with av.open(str(tmp_path / "far.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for pts in (0, 8000 * 10**6):                                    # 11 days later
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 8000, pts
+            container.mux(stream.encode(frame))
+    assert "cut it into clips" in refusal(tmp_path / "far.mkv", "audio")
 
 
 def test_timestamps_that_vary_start_late_jump_or_go_back(tmp_path):
