@@ -11,6 +11,7 @@ import functools
 import gzip
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -18,9 +19,12 @@ import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -37,7 +41,13 @@ TESTDATA = Path(os.environ.get("XMKD_TESTDATA", "/nowhere")).resolve()
 needs_testdata = pytest.mark.skipif(not TESTDATA.is_dir(), reason="XMKD_TESTDATA names no folder: no reference numbers, no real lists")
 
 
-stress = pytest.mark.skipif("stress" not in sys.argv, reason="slow; python -m pytest -q -m stress")
+def stress(test):
+    """Marks a test that takes long: `pytest -m stress` runs it, any other command leaves it out."""
+    asked = any("stress" in value and "not stress" not in value for value in sys.argv[1:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                  # a mark is registered in files that this project does without
+        mark = pytest.mark.stress
+    return pytest.mark.skipif(not asked, reason="slow; python -m pytest -m stress runs it")(mark(test))
 
 
 def rand(*shape, seed=0):
@@ -484,6 +494,212 @@ def test_decoding_leaves_no_file_open(tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def refusal(path, kind, *times, **more):
+    """"" where the file decodes to what is promised, else the reason, which must begin with the path."""
+    try:
+        clip = (xmkd.decode_audio if kind == "audio" else xmkd.decode_video)(path, *times, **more)
+    except xmkd.InputError as error:
+        assert str(error).startswith(f"{os.fspath(path)}: ") and len(str(error)) > len(os.fspath(path)) + 5
+        return str(error)[len(os.fspath(path)) + 2:]
+    assert len(clip) and (not times or len(clip) <= math.ceil((times[1] - times[0]) * (32000 if kind == "audio" else 4)))
+    if kind == "audio":
+        assert clip.dtype == torch.float32 and clip.ndim == 1 and clip.isfinite().all()
+    else:
+        assert clip.dtype == torch.uint8 and clip.ndim == 4 and clip.shape[1:] == (3, *more.get("size", (128, 171)))
+    return ""
+
+
+def in_time(seconds, code, *arguments):
+    """Runs code in a process of its own, so that what hangs there cannot hang the tests."""
+    done = subprocess.run([sys.executable, "-c", f"import test_xmkd as t, xmkd, sys\n{code}", *map(os.fspath, arguments)], cwd=HERE, timeout=seconds, capture_output=True, text=True,
+                          errors="surrogateescape")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def pictures(path, times, size=(32, 32), codec="mjpeg", pix="yuvj420p", unit=Fraction(1, 1000)):
+    """A video without sound whose frames are shown at these milliseconds, or at other units of a second."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.height, stream.width, stream.pix_fmt = *size, pix
+        stream.time_base = stream.codec_context.time_base = unit
+        for at in times:
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 99, np.uint8), format="rgb24").reformat(format=pix)
+            frame.pts, frame.time_base = at, unit
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def sound(path, samples, rate, channels=1, bits=16):
+    """A .wav written out by hand: 16 or 24 bits are whole numbers, 32 are floats."""
+    data, block = np.ascontiguousarray(samples).tobytes(), channels * bits // 8
+    head = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 36 + len(data), b"WAVEfmt ", 16, 3 if bits == 32 else 1, channels, rate, rate * block, block, bits, b"data", len(data))
+    path.write_bytes(head + data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.avi", "a.mkv", "a.wav"])
+def test_a_file_cut_anywhere_is_refused_or_whole(tmp_path, name):
+    whole = Path(encode(tmp_path / name, seconds=4.0)).read_bytes()
+    for share in (0.1, 0.5, 0.9):
+        path = tmp_path / f"{share}{name}"
+        path.write_bytes(whole[:int(share * len(whole))])
+        for kind in ("audio", "video"):
+            reason = refusal(path, kind)
+            shorter = share == 0.9 or (name, kind) == ("a.wav", "audio")                # FFmpeg takes a WAV to end where it is cut
+            assert re.match("truncated|cannot be decoded|no (audio|video)", reason) or (shorter and reason == ""), (name, share, kind, reason)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.4, 1.3, 2.0])
+def test_frames_are_as_many_as_promised_and_a_single_one_is_a_clip(tmp_path, seconds):
+    path = encode(tmp_path / "a.mp4", seconds=seconds)
+    for fps in (1.0, 4.0, 7.5, 30.0):
+        assert len(xmkd.decode_video(path, fps=fps)) == math.ceil(seconds * fps - 1e-6)
+    assert abs(len(xmkd.decode_audio(path)) - 32000 * seconds) < 3000
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 4097), (4097, 3)])
+def test_odd_pictures_keep_the_promised_shape(tmp_path, size):
+    path = pictures(tmp_path / "a.mkv", [0, 100, 200], size, "ffv1", "bgr0")
+    assert refusal(path, "video") == "" and min(xmkd.decode_video(path, size=24).shape[2:]) == 24
+    one, other = pictures(tmp_path / "1.mjpeg", [0, 40]), pictures(tmp_path / "2.mjpeg", [0, 40], (32, 96))
+    both = tmp_path / "both.mjpeg"                                       # the picture changes its shape in mid-stream
+    both.write_bytes(one.read_bytes() + other.read_bytes())
+    assert xmkd.decode_video(both, fps=25.0, size=24).shape == (4, 3, 24, 24)
+
+
+@pytest.mark.parametrize("rate, channels, bits", [(8000, 1, 16), (96000, 1, 16), (48000, 6, 16), (48000, 6, 24), (44100, 3, 24), (384000, 2, 32)])
+def test_odd_sound_becomes_mono_at_32_khz(tmp_path, rate, channels, bits):
+    values = rand(rate * channels * (3 if bits == 24 else 1)).numpy()
+    path = sound(tmp_path / "a.wav", {16: values * 9999, 24: values * 255, 32: values}[bits].astype({16: np.int16, 24: np.uint8, 32: np.float32}[bits]), rate, channels, bits)
+    assert refusal(path, "audio") == "" and len(xmkd.decode_audio(path)) == pytest.approx(32000, abs=200)
+
+
+def test_sound_that_is_not_finite_or_endless_is_refused(tmp_path):
+    values = np.full(16000, 0.5, np.float32)
+    for value in (np.nan, np.inf):
+        values[8000] = value
+        assert "infinite, or none at all" in refusal(sound(tmp_path / "a.wav", values, 16000, bits=32), "audio")
+    with av.open(str(tmp_path / "far.mkv"), "w") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for pts in (0, 8000 * 10**6):                                    # 11 days later
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+            frame.sample_rate, frame.pts = 8000, pts
+            container.mux(stream.encode(frame))
+    assert "cut it into clips" in refusal(tmp_path / "far.mkv", "audio")
+
+
+def test_timestamps_that_vary_start_late_jump_or_go_back(tmp_path):
+    assert len(xmkd.decode_video(pictures(tmp_path / "vfr.mkv", [0, 10, 20, 500, 900, 901, 1500, 2500]))) in (11, 12)
+    for name in ("late.mkv", "late.mp4"):
+        late = pictures(tmp_path / name, range(5000, 6000, 100), codec="libx264", pix="yuv420p")
+        assert refusal(late, "video") == refusal(late, "video", 0.5, 0.9) == ""                          # counted from its first frame
+    assert "cut it into clips" in refusal(pictures(tmp_path / "jump.mkv", [0, 100, 200, 10**9]), "video")
+    assert refusal(tmp_path / "jump.mkv", "video", 0.0, 2.0) == "" and "no video between 1e+300 and" in refusal(tmp_path / "jump.mkv", "video", 1e300, 2e300)
+    back = tmp_path / "back.mpg"
+    back.write_bytes(pictures(tmp_path / "a.mpg", range(50), codec="mpeg2video", pix="yuv420p", unit=Fraction(1, 25)).read_bytes() * 2)
+    assert refusal(back, "video") == "" or "truncated" in refusal(back, "video")
+    whole = Path(encode(tmp_path / "tag.mkv")).read_bytes()
+    (tmp_path / "tag.mkv").write_bytes(re.sub(rb"00:00:0\d\.\d{9}", b"soon after a while", whole))                              # no duration that can be read
+    assert refusal(tmp_path / "tag.mkv", "video") == refusal(tmp_path / "tag.mkv", "audio") == ""
+
+
+def test_sound_that_starts_after_the_picture_keeps_its_time(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        video, audio = container.add_stream("mjpeg", rate=10), container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        video.height, video.width, video.pix_fmt = 32, 32, "yuvj420p"
+        for k in range(30):
+            frame = av.VideoFrame.from_ndarray(np.zeros((32, 32, 3), np.uint8), format="rgb24")
+            frame.pts = k
+            container.mux(video.encode(frame))
+        frame = av.AudioFrame.from_ndarray(np.full((1, 8000), 16384, np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 8000, 16000
+        container.mux(audio.encode(frame))
+    samples = xmkd.decode_audio(tmp_path / "a.mkv")
+    assert len(samples) == pytest.approx(96000, abs=200) and samples[:63000].abs().max() == 0 and samples[70000:90000].min() > 0.4
+
+
+def test_what_is_no_media_file_neither_hangs_nor_opens_another(tmp_path):
+    """Playlists and session descriptions name files, addresses and ports; FFmpeg tells them by content, whatever they are called."""
+    encode(tmp_path / "secret.wav")
+    os.mkfifo(tmp_path / "fifo.mp4")
+    os.symlink(tmp_path / "loop.mp4", tmp_path / "loop.mp4")
+    os.symlink(tmp_path / "loop.mp4", tmp_path / "deadlink.mp4")
+    (tmp_path / "sdp.mp4").write_text("v=0\r\no=- 0 0 IN IP4 127.0.0.1\r\ns=x\r\nc=IN IP4 127.0.0.1\r\nt=0 0\r\nm=audio 5004 RTP/AVP 0\r\na=rtpmap:0 PCMU/8000\r\n")
+    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile secret.wav\n")
+    (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{tmp_path}/secret.wav\n#EXT-X-ENDLIST\n")
+    names = ["fifo.mp4", "loop.mp4", "deadlink.mp4", "sdp.mp4", "concat.mp4", "list.m3u8"]
+    reasons = in_time(60, "[print(t.refusal(path, 'audio')) for path in sys.argv[1:]]", *(tmp_path / name for name in names)).splitlines()
+    assert reasons[:3] == ["not a regular file", "no such file, or a link to none", "no such file, or a link to none"]
+    assert len(reasons) == 6 and all(reason.startswith("cannot be decoded") for reason in reasons[3:]), reasons
+
+
+@pytest.mark.parametrize("name", [b"a b.mp4", b"a\nb.mp4", b"\xff\xfe.mp4", b"n" * 196 + b".mp4", b"'\"$(x);.mp4"])
+def test_names_of_any_kind_decode_and_are_named_in_reasons(tmp_path, name):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/" + name)
+    shutil.copy(encode(tmp_path / "good.mp4", seconds=0.5), path)
+    assert refusal(path, "audio") == refusal(path, "video") == ""
+    Path(path).write_bytes(b"<html>")
+    assert "cannot be decoded" in refusal(path, "video")
+
+
+def test_the_extension_does_not_matter(tmp_path):
+    for name, other in (("a.mp4", "b.wav"), ("a.wav", "b.mp4"), ("a.mkv", "b.avi"), ("a.avi", "b.txt")):
+        shutil.copy(encode(tmp_path / name), tmp_path / other)
+        assert refusal(tmp_path / other, "audio") == ""
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_says_so(tmp_path):
+    path = encode(tmp_path / "a.mp4")
+    os.chmod(path, 0)
+    assert "Permission denied" in refusal(path, "audio")
+
+
+def flip_bits(folder, seeds):
+    """Decodes files with flipped bits, many everywhere or few in the header, by every entry; anything but InputError escapes."""
+    folder = Path(folder)
+    good = {name: Path(encode(folder / name)).read_bytes() for name in ("a.mp4", "a.mkv", "a.avi", "a.wav", "a.webm", "a.mp3", "a.flac", "a.ts")}
+    for seed in seeds:
+        for name, content in good.items():
+            rng, data = np.random.default_rng([seed, *map(ord, name)]), np.frombuffer(content, np.uint8).copy()
+            where = rng.integers(0, min(len(data), 1500), 6) if seed % 3 == 2 else rng.integers(0, len(data), max(1, len(data) // (100, 2000)[seed % 3]))
+            data[where] ^= np.uint8(1) << rng.integers(0, 8, len(where)).astype(np.uint8)
+            path = folder / f"flipped-{seed}{Path(name).suffix}"
+            path.write_bytes(data)
+            for kind, times in itertools.product(("audio", "video"), ((), (0.5, 1.5))):
+                refusal(path, kind, *times)
+            path.unlink()
+    print(len(seeds) * len(good))
+
+
+def test_flipped_bits_decode_or_are_refused(tmp_path):
+    assert in_time(120, "t.flip_bits(sys.argv[1], range(6))", tmp_path).split() == ["48"]
+
+
+@stress
+def test_many_flipped_bits_decode_or_are_refused(tmp_path):
+    assert in_time(600, "t.flip_bits(sys.argv[1], range(100, 280))", tmp_path).split() == ["1440"]
+
+
+@stress
+def test_two_thousand_opens_leak_neither_files_nor_memory(tmp_path):
+    paths = [encode(tmp_path / name, seconds=0.3) for name in ("a.mp4", "a.mkv", "a.avi", "a.wav")]
+    for k, path in enumerate(list(paths)):
+        paths.append(str(tmp_path / f"cut{k}{Path(path).suffix}"))
+        Path(paths[-1]).write_bytes(Path(path).read_bytes()[:3000])
+    paths += [str(tmp_path / "text.mp4"), str(tmp_path / "none.mp4")]
+    Path(paths[-2]).write_text("x" * 100)
+    state = lambda: (len(os.listdir("/proc/self/fd")), int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)      # MB that are held
+    for k in range(2400):
+        if k == 400:
+            before = state()
+        refusal(paths[k % len(paths)], ("audio", "video")[k // len(paths) % 2])
+    after = state()
+    assert after[0] == before[0] and after[1] < before[1] + 20, (before, after)
+
+
 @needs_testdata
 def test_real_clips_decode_in_every_codec():
     for name, facts in json.loads((TESTDATA / "clips" / "clips.json").read_text()).items():
@@ -542,6 +758,105 @@ def test_audioset_list_errors_name_file_and_line(tmp_path, row, says):
     (root / "balanced_train_segments.csv").write_text("# c\n" + row + "\n")
     with pytest.raises(xmkd.InputError, match=rf"balanced_train_segments.csv:2: {says}"):
         xmkd.read_audioset(root)
+
+
+@pytest.mark.parametrize("row, says", [
+    ("\"aaaaaaaaaa0, 0, 10, /m/1\n" + "bbbbbbbbbb1, 0, 10, /m/1\n" * 9000, ":[0-9]+: field larger than .*a quote that is opened"), ("aaaaaaaaaa0, nan, 10, /m/1\n", ":1: expected"),
+    ("aaaaaaaaaa0; 0; 10; /m/1\n", ":1: expected"), ("aaaaaaaaaa0, 0, inf, /m/1\n", ":1: expected"), ('aaaaaaaaaa0, 0, 10, "/m/1\n"\nshort, 0, 10, /m/1\n', ":3: expected")])
+def test_audioset_lists_that_cannot_be_read_name_the_line_of_the_file(tmp_path, row, says):
+    root = audioset(tmp_path)
+    (root / "balanced_train_segments.csv").write_text(row)
+    with pytest.raises(xmkd.InputError, match=f"balanced_train_segments.csv{says}"):
+        xmkd.read_audioset(root)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("index,mid,display_name,\r\n0,/m/1,One,\r\n,,,\r\n1,/m/2,Two,\r\n", ""), ("\ufeffindex,mid,display_name\n1,/m/2,Two\n0,/m/1,One\n", ""),
+    ("index,mid,display_name\n0,/m/1,One\n1,/m/2\n", ":3: expected"), ("index,mid,display_name\n0,/m/1,One\nx,/m/2,Two\n", ":3: expected"), ("mid,name\n/m/1,One\n", ":2: expected")])
+def test_class_labels_mangled_by_editors_parse_or_name_the_line(tmp_path, text, says):
+    root = audioset(tmp_path)
+    (root / "class_labels_indices.csv").write_bytes(text.encode())
+    if not says:
+        assert xmkd.read_audioset(root)[1] == ["One", "Two"]
+        return
+    with pytest.raises(xmkd.InputError, match=f"class_labels_indices.csv{says}"):
+        xmkd.read_audioset(root)
+
+
+def ucf101(root, train, evaluation=b"Typing/v_Typing_g01_c01.avi\n"):
+    """UCF-101 with one class, whose file of the evaluation list is there."""
+    (root / "ucfTrainTestlist").mkdir()
+    for name, text in (("classInd.txt", b"95 Typing\n"), ("trainlist01.txt", train), ("testlist01.txt", evaluation)):
+        (root / "ucfTrainTestlist" / name).write_bytes(text)
+    for name in ("v_Typing_g01_c01.avi", "v_Typing_g08_c01.avi"):
+        (root / name).touch()
+    return root
+
+
+def test_clips_listed_twice_count_once_and_are_reported(tmp_path):
+    row, (skipped, others, thirds) = b"Typing/v_Typing_g01_c01.avi 95\n", ([], [], [])
+    clips, _ = xmkd.read_ucf101(ucf101(tmp_path, row + row), skipped=skipped)
+    assert [c.split for c in clips] == ["train"] and [reason for _, reason in skipped] == ["listed twice; the first row counts"] * 2
+    (tmp_path / "vggsound.csv").write_text("aaaaaaaaaa0,30,dog,train\naaaaaaaaaa0,30,cat,test\n")
+    (tmp_path / "aaaaaaaaaa0_000030.mp4").touch()
+    clips, classes = xmkd.read_vggsound(tmp_path, others)
+    assert [c.split for c in clips] == ["train"] and classes == ["dog"] and others == [(f"aaaaaaaaaa0_000030 ({tmp_path}/vggsound.csv:2)", "listed twice; the first row counts")]
+    (tmp_path / "a").mkdir()
+    root = audioset(tmp_path / "a", train=("aaaaaaaaaa0", "aaaaaaaaaa0"))
+    clips, _ = xmkd.read_audioset(root, skipped=thirds)
+    assert len(clips) == 2 and clips[0].start == 0 and "listed twice" in thirds[0][1]
+
+
+@pytest.mark.parametrize("train", [b"\xff\xfeT\x00y\x00\n\x00", bytes(range(256)), b"v_Typing_g08_c01.avi\n", b'"Typing/v_Typing_g08_c01.avi 95"\r\n', b"../../etc/x.avi 1\n"])
+def test_ucf101_rows_that_say_nothing_are_reported(tmp_path, train):
+    clips, _ = xmkd.read_ucf101(ucf101(tmp_path, train), skipped=(skipped := []))
+    assert [c.split for c in clips] == ["eval"] and skipped and all("class" in reason for _, reason in skipped)
+
+
+def annotated(root, text):
+    (root / "activity_net.v1-3.min.json").write_text(text if isinstance(text, str) else json.dumps(
+        {"database": {"aaaaaaaaaa0": {"subset": "training", "annotations": [{"label": "x", "segment": text}]}}}), encoding="utf-8")
+    (root / "v_aaaaaaaaaa0.mp4").touch()
+    return root
+
+
+@pytest.mark.parametrize("content", [[-1, 2], [3, 2], [2, 2], [math.nan, 2], [1, math.inf]])
+def test_annotated_segments_that_are_no_time_name_file_and_clip(tmp_path, content):
+    with pytest.raises(xmkd.InputError, match="activity_net.v1-3.min.json: .*v_aaaaaaaaaa0_0: segment .* needs 0 <= start < end"):
+        xmkd.read_annotations(annotated(tmp_path, content))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 100_000, '{"database": [1]}', [1, 2, 3], "\0", [1, None]])
+def test_annotations_that_are_none_name_the_file(tmp_path, content):
+    with pytest.raises(xmkd.InputError, match="activity_net.v1-3.min.json: expected `database`"):
+        xmkd.read_annotations(annotated(tmp_path, content))
+
+
+@pytest.mark.parametrize("row, line", [("aaaaaaaaaa0,-30,dog,train\n", 1), ("aaaaaaaaaa0,30,dog,train\n\naaaaaaaaaa1,30,dog,train,,\n", 3), ("aaaaaaaaaa0,3.5,dog,train\n", 1),
+                                       ('aaaaaaaaaa0,30,"dog\nor cat",train\nx\n', 3), ("aaaaaaaaaa0," + "9" * 5000 + ",dog,train\n", 1), ('aaaaaaaaaa0,30,"' + "x" * 200_000, 1)])
+def test_vggsound_rows_that_cannot_be_read_name_the_line_of_the_file(tmp_path, row, line):
+    (tmp_path / "vggsound.csv").write_text(row)
+    with pytest.raises(xmkd.InputError, match=f"vggsound.csv:{line}: "):
+        xmkd.read_vggsound(tmp_path)
+
+
+def test_no_list_opens_what_lies_outside_its_folder(tmp_path):
+    """Ids with a path in them are no more than names that no file has; list and feature files that are pipes are none."""
+    outside, root = tmp_path / "x.mp4", tmp_path / "data"
+    encode(outside), encode(tmp_path / "x.wav"), np.save(tmp_path / "x.npy", np.ones(3))
+    root.mkdir()
+    audioset(root, train=("aaaaaaaaaa0", "../../etc/x", "../x.wav000")), ucf101(root, b"Typing/../../x.avi 95\n../x.mp4 95\n")
+    annotated(root, '\ufeff{"database": {"../../x": {"subset": "training", "label": "a"}, "../x": {"subset": "training", "label": "a"}, "v_aaaaaaaaaa0": {"subset": "training", "label": "a"}}}')
+    (root / "vggsound.csv").write_text("../../etc/x,30,dog,train\naaaaaaaaaa0,30,dog,train\n")
+    (root / "aaaaaaaaaa0_000030.mp4").touch()
+    for name in ("all_eval_segments.csv", "activity_net.v9.json", "x.npy"):
+        os.mkfifo(root / name)
+    code = """
+for read in (xmkd.read_audioset, xmkd.read_ucf101, xmkd.read_annotations, xmkd.read_vggsound):
+    clips, _ = read(sys.argv[1], skipped=(skipped := []))
+    print(len(clips), len(skipped), all(path.startswith(sys.argv[1]) for clip in clips for path in clip[3:5] if path))
+print(xmkd.find_features(sys.argv[1], [xmkd.Clip('../x', (0,), 'train')]), xmkd.find_layout(sys.argv[1]))"""
+    assert in_time(60, code, root).split() == "2 2 True 1 2 True 1 2 True 1 1 True {} ucf101".split()
 
 
 def test_audioset_without_a_match_shows_ids_and_files(tmp_path):
@@ -948,6 +1263,24 @@ def test_each_task_runs_on_files_and_leaves_what_it_promises(tmp_path, media, ta
     assert xmkd.main(["--eval", str(out / "best.pt"), "--out", str(tmp_path / "eval"), "--workers", "0", "--quiet"]) == 0
     again = json.loads((tmp_path / "eval" / "results.json").read_text())["metrics"]
     assert all(again[m] == pytest.approx(results["metrics"][m], abs=1e-6) for m in metrics)
+
+
+def test_a_folder_full_of_broken_files_trains_on_the_others(tmp_path, media):
+    root = tmp_path / "data"
+    shutil.copytree(media, root)
+    low, good = os.fsencode(root / "train" / "low"), (media / "train" / "low" / "0.mp4").read_bytes()
+    bad = {b"text.mp4": b"<html>", b"half.mp4": good[:len(good) // 2], b"a b\nc.mp4": b"x", b"\xff.mp4": b"x", b"n" * 196 + b".mp4": b"x", b"concat.mp4": b"ffconcat version 1.0\nfile 0.mp4\n"}
+    for name, content in bad.items():
+        Path(os.fsdecode(low + b"/" + name)).write_bytes(content)
+    os.mkfifo(low + b"/fifo.mp4"), os.symlink(b"loop.mp4", low + b"/loop.mp4"), os.symlink(b"..", low + b"/up"), os.mkdir(low + b"/folder.mp4")
+    encode(root / "train" / "low" / "mute.mp4", audio=False), encode(root / "train" / "low" / "blind.mp4", video=False)
+    shutil.copy(media / "train" / "low" / "1.mp4", low + b"/good \xfe\n.mp4")
+    arguments = [*TINY, "--task", "action_recognition", "--data", root, "--method", "student", "--epochs", "1", "--out", tmp_path / "run", "--max-skipped", "0.9"]
+    in_time(120, "sys.exit(xmkd.main(sys.argv[1:]))", *arguments)
+    with (tmp_path / "run" / "skipped.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        reasons = {os.fsencode(path).rpartition(b"/")[2]: reason for path, reason in csv.reader(file)}
+    assert reasons.keys() == {b"path", b"broken.mp4", b"fifo.mp4", b"loop.mp4", b"mute.mp4", b"blind.mp4", *bad} and all(reasons.values())
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["clips"] == {"train": 17, "eval": 6}
 
 
 def test_compare_uses_one_teacher_and_prints_a_table(tmp_path, media, capsys):
@@ -1358,10 +1691,17 @@ def test_teacher_features_replace_the_teacher_whatever_their_width(tmp_path, med
     other = tmp_path / "other"
     (other / "train").mkdir(parents=True)
     assert xmkd.main([*common, "--method", "xmkd", "--out", str(tmp_path / "run" / "xmkd-s3"), "--resume", "--teacher-features", str(other)]) == 2
-    for name, array, says in (("short", np.ones(3), "expected (7,), one embedding a clip"), ("nan", np.full(7, np.nan), "finite"), ("objects", np.array([{}] * 7), "pickled arrays are refused")):
+    for name, array, says in (("short", np.ones(3), "expected (7,), one embedding a clip"), ("nan", np.full(7, np.nan), "finite"), ("objects", np.array([{}] * 7), "pickled arrays are refused"),
+                              ("table", np.ones((7, 1)), "(7, 1); expected (7,)"), ("complex", np.ones(7, complex), "expected real numbers"), ("text", np.array(["1"] * 7), "expected real numbers")):
         path = features / "train" / "low" / "3.npy"
         np.save(path, array)
         assert xmkd.main(common) == 2 and says in capsys.readouterr().err, name
+    header = {"descr": "<f4", "fortran_order": False, "shape": (10**12,)}
+    for shape in ((10**12,), (-7,), (7, 10**12), (10**30,)):                     # promised by the header, not there
+        with path.open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
+            file.write(bytes(28))
+        assert xmkd.main(common) == 2 and f"{path}: no embedding" in capsys.readouterr().err, shape
     assert xmkd.main([*common, "--teacher", "scratch"]) == 2 and "exclude each other" in capsys.readouterr().err
 
 
@@ -1461,6 +1801,35 @@ def test_a_checkpoint_cannot_run_code(tmp_path):
     with pytest.raises(xmkd.InputError, match="no readable checkpoint"):
         xmkd.load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("key, value, says", [
+    ("cls.weight", torch.zeros(3, 5), "cls.weight"), ("cls.weight", torch.zeros(3, 32, dtype=torch.int64), "cls.weight holds torch.int64"),
+    ("cls.weight", torch.zeros(3, 32, dtype=torch.complex64), "cls.weight holds torch.complex64"), ("cls.weight", [1.0], "cls.weight holds <class 'list'>"),
+    ("bn1.weight", torch.full((4,), math.nan), "bn1.weight holds numbers that are infinite"), ("bn1.running_var", torch.full((4,), math.inf), "bn1.running_var"),
+    ("cls.bias", torch.zeros(3).to_sparse(), "cls.bias"),
+    ("cls.weight", torch.zeros(1).expand(10**12, 32), "cls.weight of shape .* more numbers than the file"), ("cls.weight", torch.empty(10**12, 32, device="meta"), "cls.weight of shape")])
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+@pytest.mark.parametrize("authors", [False, True])
+def test_weights_that_cannot_be_are_refused_by_name(tmp_path, key, value, says, authors):
+    state = {**xmkd.make_network("video", 3, 4).state_dict(), key: value}
+    classes = len(value) if says.startswith("cls.weight of") else 3
+    if classes > 3:                                                      # a checkpoint that agrees with itself
+        state["cls.bias"] = torch.zeros(1).expand(classes)
+    ours = {"student": state, "network": {"kind": "video", "num_classes": classes, "width": 4}, "classes": list("abc"), "task": None}
+    torch.save({"state_dict": state} if authors else ours, tmp_path / "bad.pt")
+    with pytest.raises(xmkd.InputError, match=f"bad.pt is no checkpoint .*{says}"):
+        xmkd.load_checkpoint(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 10**12}, {"width": 10**9}, {"width": 10**30}, {"width": 0}, {"width": -4}, {"blocks": [10**12, 1, 1, 1]}, {"stages": 10**9}, {"kind": "x"}])
+def test_networks_that_the_weights_do_not_fill_are_refused_before_they_are_built(tmp_path, change):
+    network = {"kind": "video", "num_classes": 3, "width": 4, **change}
+    torch.save({"student": xmkd.make_network("video", 3, 4).state_dict(), "network": network, "classes": list("abc"), "task": None}, tmp_path / "bad.pt")
+    begun = time.time()
+    with pytest.raises(xmkd.InputError, match="bad.pt is no checkpoint .*`network` asks for"):
+        xmkd.load_checkpoint(tmp_path / "bad.pt")
+    assert time.time() - begun < 5
 
 
 def test_evaluation_leaves_weights_and_mode_alone(tmp_path):

@@ -45,7 +45,6 @@ import statistics
 import sys
 import time
 import warnings
-import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -491,19 +490,22 @@ def open_media(path: str | Path, kind: str) -> Iterator[Any]:
     av.logging.set_level(None)                                                  # FFmpeg's own messages name no file
     try:
         if not os.path.isfile(name):
-            raise InputError("not a regular file" if os.path.exists(name) else "no such file")
+            raise InputError("not a regular file" if os.path.exists(name) else "no such file, or a link to none")
         if os.path.getsize(name) == 0:
             raise InputError("empty file (0 bytes)")
         with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
-            with av.open(file, "r", metadata_errors="replace") as container:
+            alone = {"protocol_whitelist": ""}                  # a playlist may name further files, addresses and ports
+            with av.open(file, "r", options=alone, metadata_errors="replace") as container:
                 stream = container.streams.best(kind)
                 if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
                     raise InputError(f"no {kind} stream")                       # a cover picture is no video
+                if stream.codec_context is None:
+                    raise InputError(f"its {kind} is in a codec that FFmpeg does not know; convert it")
                 stream.thread_type, stream.codec_context.thread_count = "NONE", 1
                 yield stream
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
-    except (av.error.FFmpegError, OSError, EOFError, zlib.error) as error:
+    except Exception as error:                                          # a dozen kinds, by what is wrong with the file
         raise InputError(f"{name}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
 
 def timed_frames(stream: Any, start: float, end: float | None) -> Iterator[tuple[float, Any]]:
@@ -511,7 +513,7 @@ def timed_frames(stream: Any, start: float, end: float | None) -> Iterator[tuple
     container = stream.container
     origin = (container.start_time or 0) / av.time_base
     if start > 0:
-        with suppress(av.error.FFmpegError):                                    # no index: decode from the beginning
+        with suppress(av.error.FFmpegError, OverflowError):                     # no index: decode from the beginning
             container.seek(int((max(start - 0.5, 0.0) + origin) * av.time_base))
     for packet in container.demux(stream):
         try:
@@ -528,19 +530,29 @@ def check_length(stream: Any, start: float, end: float | None, got: float) -> No
     """InputError where the header promises over 10 % (at least 0.3 s) more than the seconds got: a cut-off file."""
     if got <= 0:
         raise InputError(f"no {stream.type} between {start:g} and {'the end' if end is None else f'{end:g}'} s")
-    container, clock = stream.container, stream.metadata.get("DURATION", "0:0:0").split(":")    # where Matroska keeps it
-    total = float(stream.duration * stream.time_base) if stream.duration else np.dot([*map(float, clock)], [3600, 60, 1])
-    if not total and len(container.streams) == 1:
-        total = (container.duration or 0) / av.time_base
+    container = stream.container
+    if stream.duration:
+        total = float(stream.duration * stream.time_base)
+    else:                                               # Matroska tells when a stream ends, and that where it has a tag
+        total = (container.duration or 0) / av.time_base if len(container.streams) == 1 else 0.0
+        with suppress(ValueError):
+            total = np.dot([*map(float, stream.metadata.get("DURATION", "").split(":"))], [3600, 60, 1])
+        total -= (container.start_time or 0) / av.time_base
     promised = 0.0 if container.format.name in ("mp3", "aac") else min(total, end or total) - start     # those guess it
     if got < promised - max(0.3, 0.1 * promised):
         raise InputError(f"truncated, {got:.1f} of {promised:.1f} s of {stream.type} decoded")
+
+def check_room(kind: str, seconds: float, rate: float) -> None:
+    """InputError where so many seconds, at `rate` bytes each, would fill memory: damaged timestamps often reach far."""
+    if seconds * rate > 2 ** 31:
+        raise InputError(f"its {kind} reaches {seconds:.0f} s by its timestamps, and {2 ** 31 / rate:.0f} s fill the 2 "
+                         "GiB that a clip may take; cut it into clips, or convert it if that is not its length")
 
 def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None, rate: int = 32000) -> Tensor:
     """Samples of the file's best audio stream between two times: (samples,) float32, mono, about -1..1.
 
     start, end  seconds on the file's own clock; end=None reads to its end.   rate  Hz.
-    Raises InputError: unreadable, no audio stream, nothing in the range, shorter than the header promises.
+    Raises InputError: unreadable, no audio stream, nothing in the range, shorter than the header promises (but for WAV).
     """
     pieces: list[Any] = []
     first = None
@@ -549,14 +561,18 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
         for _, group in itertools.groupby(timed_frames(stream, start, end), layout):
             resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
             for seconds, frame in group:
+                check_room("audio", seconds + frame.samples / frame.sample_rate - start, 4 * rate)
                 first = seconds if first is None else first
                 frame.pts = None                                                # no gap filling: sample counts keep time
                 pieces += resampler.resample(frame)
             pieces += resampler.resample(None)
-        samples = np.concatenate([np.zeros(0, np.float32), *(piece.to_ndarray()[0] for piece in pieces)])
-        begin = max(round((start - (first or 0.0)) * rate), 0)
+        late = round(((start if first is None else first) - start) * rate)     # a late start is preceded by silence
+        silence, begin = np.zeros(max(late, 0), np.float32), max(-late, 0)
+        samples = np.concatenate([silence, *(piece.to_ndarray()[0] for piece in pieces)])
         samples = samples[begin:None if end is None else begin + round((end - start) * rate)]
         check_length(stream, start, end, len(samples) / rate)
+        if not np.isfinite(samples).all():
+            raise InputError("its audio holds numbers that are infinite, or none at all (NaN); mend or convert it")
     return torch.from_numpy(samples)
 
 def to_picture(frame: Any, size: tuple[int, int] | int, reformatter: VideoReformatter) -> Any:
@@ -589,6 +605,8 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
             while start + len(pictures) / fps < stop - 1e-6:
                 picture = to_picture(frame, size, reformatter) if picture is None else picture
                 pictures.append(picture)
+                size = picture.shape[1:]                                        # the shape of all, even if it changes
+                check_room("video", len(pictures) / fps, picture.nbytes * fps)
         check_length(stream, start, end, seconds + period - start if pictures else 0.0)
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
@@ -635,7 +653,8 @@ def walk_files(root: str | Path, *endings: str) -> Iterator[str]:
             continue
         seen.add(here)
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        yield from (f"{folder}/{name}" for name in files if name[0] != "." and name.endswith(endings or ""))
+        paths = (f"{folder}/{name}" for name in files if name[0] != "." and name.endswith(endings or ""))
+        yield from filter(os.path.isfile, paths) if endings else paths          # lists are opened at once: no pipes
 
 def walk_media(root: str | Path) -> list[str]:
     """Sorted paths of the media files under `root`, told by extension."""
@@ -666,8 +685,11 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
 def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
     """("file:line", fields) of each row of a list in CSV."""
     with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
-        for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1):
-            yield f"{table}:{number}", row
+        reader = csv.reader(file, skipinitialspace=True)
+        try:
+            yield from ((f"{table}:{reader.line_num}", row) for row in reader)
+        except csv.Error as error:
+            raise InputError(f"{table}:{reader.line_num}: {error}; a quote that is opened and not closed?") from error
 
 def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[tuple[str, Clip]]:
     """("file:line", clip) of an AudioSet list, `id, start, end, "mid,mid"`; tolerates what editors do to such files."""
@@ -703,10 +725,13 @@ def read_audioset(root: str | Path, split: str = "balanced",
         raise InputError(f"no class_labels_indices.csv under {root}; AudioSet publishes it beside the segment lists")
     try:
         with open(labels_file, newline="", encoding="utf-8-sig") as file:
-            rows = sorted(csv.DictReader(file), key=lambda row: int(row["index"]))
-        classes, index_of = [row["display_name"] for row in rows], {row["mid"]: i for i, row in enumerate(rows)}
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"{labels_file}: expected UTF-8 with a header index,mid,display_name ({error!r})") from error
+            reader = csv.DictReader(file)
+            rows = sorted((int(row["index"]), row["mid"], row["display_name"].strip())
+                          for row in reader if any(row.values()))
+        classes, index_of = [name for _, _, name in rows], {mid: i for i, (_, mid, _) in enumerate(rows)}
+    except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        raise InputError(f"{labels_file}:{reader.line_num}: expected UTF-8 with a header index,mid,display_name "
+                         f"({error!r})") from error
     listed: dict[str, Clip] = {}
     for table in (path for path in tables if path.endswith("_segments.csv")):
         kind = next((k for k in ("unbalanced", "balanced", "eval") if k in os.path.basename(table)), "")
@@ -738,7 +763,7 @@ def read_ucf101(root: str | Path, fold: int = 1,
     folders = {p.name.lower(): p for p in Path(root).iterdir() if p.is_dir()}
     lists = folders.get("ucftraintestlist", Path(root) / "ucfTrainTestlist")
     try:
-        names, train, evaluation = ((lists / name).read_text("utf-8-sig").splitlines() for name in
+        names, train, evaluation = ((lists / name).read_text("utf-8-sig", "replace").splitlines() for name in
                                     ("classInd.txt", f"trainlist0{fold}.txt", f"testlist0{fold}.txt"))
     except OSError as error:
         raise InputError(f"{error.filename} is missing; UCF-101's train/test lists have it (--fold 1, 2 or 3)") from None
@@ -747,7 +772,9 @@ def read_ucf101(root: str | Path, fold: int = 1,
     for part, lines in (("train", train), ("eval", evaluation)):
         for entry in [line.split()[0] for line in lines if line.strip()]:
             folder, stem = entry.split("/")[0].lower(), Path(entry).stem
-            if folder in index_of:
+            if stem.lower() in listed:
+                skipped.append((entry, "listed twice; the first row counts"))
+            elif folder in index_of:
                 listed[stem.lower()] = Clip(stem, (index_of[folder],), part)
             else:
                 skipped.append((entry, "its class is not among the 51 that have sound, or not in classInd.txt"))
@@ -772,7 +799,7 @@ def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = N
     listed: dict[str, Clip] = {}
     segments: dict[str, list[str]] = {}                                         # whole video: its clips
     try:
-        content = json.loads(Path(path or root).read_text(encoding="utf-8"))
+        content = json.loads(Path(path or root).read_text(encoding="utf-8-sig"))
         entries = [(f"v_{key}_{k}" if "annotations" in entry else key, entry["subset"], note) for key, entry in
                    content["database"].items() for k, note in enumerate(entry.get("annotations", [entry]))]
         classes = list(content.get("labels") or sorted({note["label"] for _, _, note in entries}))
@@ -780,10 +807,12 @@ def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = N
         for name, subset, note in entries:
             if subset in ("training", "validation"):
                 start, end = map(float, note["segment"]) if "segment" in note else (0.0, None)
+                if end is not None and not 0 <= start < end < math.inf:
+                    raise ValueError(f"{name}: segment {note['segment']}, needs 0 <= start < end; mend or remove it")
                 part = "train" if subset == "training" else "eval"
                 listed[name.lower()] = Clip(name, (index_of[note["label"]],), part, None, None, start, end)
                 segments.setdefault(name.lower().rpartition("_")[0], []).append(name.lower())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: expected `database` of id: subset, label, segment, annotations ({error!r})") from error
     def owners(name: str) -> list[str]:
         stem, ending = os.path.splitext(name.lower())
@@ -808,13 +837,17 @@ def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None
                 if len(row) == 2:
                     row = [row[0][:11], os.path.splitext(row[0])[0][12:], row[1], Path(name).stem]
                 ytid, start, label, split = row
-                rows[f"{ytid}_{int(start):06d}"] = (label, {"train": "train", "test": "eval"}[split], float(start))
+                key, part = f"{ytid}_{int(start):06d}", {"train": "train", "test": "eval"}[split]
+                if int(start) < 0:
+                    raise ValueError
+                if rows.setdefault(key, (label, part, float(start), place))[3] != place and skipped is not None:
+                    skipped.append((f"{key} ({place})", "listed twice; the first row counts"))
             except (ValueError, KeyError):
                 raise InputError(f"{place}: expected id, start in seconds, label, train or test; got {row!r}; "
                                  "mend or remove the line") from None
-    classes = sorted({label for label, _, _ in rows.values()})
+    classes = sorted({label for label, *_ in rows.values()})
     listed = {key: Clip(key, (classes.index(label),), part, None, None, start, start + 10)
-              for key, (label, part, start) in rows.items()}
+              for key, (label, part, start, _) in rows.items()}
     def owners(name: str) -> list[str]:
         keys = [f"{n[:11]}_{os.path.splitext(n[12:])[0].split('_')[0].zfill(6)}" for n in (name, name.removeprefix("v"))]
         return [key for key in keys if key in listed][:1]
@@ -1456,6 +1489,8 @@ def read_features(paths: Sequence[str]) -> Tensor:
     for path in paths:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)              # its shape is known before it is read
+            if array.dtype.kind not in "fiu":
+                raise ValueError(f"{array.dtype}; expected real numbers")
             if array.ndim != 1 or not array.size or (rows and len(array) != len(rows[0])):
                 raise ValueError(f"{array.shape}; expected ({len(rows[0]) if rows else 'D'},), one embedding a clip")
             rows.append(torch.from_numpy(array.astype(np.float32)))
@@ -1648,8 +1683,23 @@ def network_of(state: dict[str, Tensor]) -> dict[str, Any]:
     return {"kind": "video", "num_classes": len(state["cls.weight"]), "width": len(state["conv1.temporal_conv.weight"]),
             "blocks": blocks}
 
-def check_fit(network: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """RuntimeError naming the keys if a state dict is not that of the network; takes no memory, whatever the sizes."""
+def check_fit(network: dict[str, Any], state: dict[str, Tensor], room: int) -> None:
+    """An error naming the key if a state dict is not that of the network, in finite numbers of at most `room` bytes.
+
+    It takes no memory, whatever the sizes: a tensor of any shape may repeat one number, a network have any arguments.
+    """
+    for key, value in state.items():
+        real = isinstance(value, Tensor) and (value.is_floating_point() or key.endswith("num_batches_tracked"))
+        if not real or value.layout != torch.strided:
+            raise ValueError(f"{key} holds {getattr(value, 'dtype', type(value))}, not dense floats")
+        room -= value.nbytes
+        if room < 0:
+            raise ValueError(f"{key} of shape {tuple(value.shape)} has more numbers than the file")
+        if not value.isfinite().all():
+            raise ValueError(f"{key} holds numbers that are infinite, or none at all (NaN)")
+    fitting = network_of(state)
+    if {**fitting, **network} != fitting:
+        raise ValueError(f"`network` asks for {network}, but the weights are those of {fitting}")
     with torch.device("meta"):
         make_network(**network).load_state_dict(dict(state), assign=True)     # a copy: `assign` sticks to its metadata
 
@@ -1672,18 +1722,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is no readable checkpoint: {reason.splitlines()[0][:150]}") from error
     try:
         if {"student", "network", "classes", "task"} <= content.keys():
-            check_fit(content["network"], content["student"])
+            check_fit(content["network"], content["student"], os.path.getsize(path))
             return content
         if len(content.get("model", {}).get("logmel_extractor.melW", range(513))) != 513:
             raise KeyError("its log-mel is for another sample rate than 32 kHz")
         states = (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {}))
         student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): state[key] for key in state
                                   if "_extractor." not in key} for state in states)     # those of PANNs' log-mel
-        check_fit(network := network_of(student), student)
+        check_fit(network := network_of(student), student, os.path.getsize(path))
         return {"student": student, "filter": noise_filter, "network": network, "task": None, "classes": None,
                 "method": "xmkd" if noise_filter else "student", "seed": 3, "settings": {}, "versions": {},
                 "epoch": content.get("epoch", content.get("iteration", 0))}
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:                                          # likewise
         raise InputError(f"{path} is no checkpoint of this program, the paper's authors or PANNs: "
                          f"{' '.join(str(error).split())[:300]}") from error
 
