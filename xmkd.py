@@ -605,7 +605,7 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
             while start + len(pictures) / fps < stop - 1e-6:
                 picture = to_picture(frame, size, reformatter) if picture is None else picture
                 pictures.append(picture)
-                size = picture.shape[1:]                                        # the shape of all, even if it changes
+                size = picture.shape[:2]                                        # the shape of all, even if it changes
                 check_room("video", len(pictures) / fps, picture.nbytes * fps)
         check_length(stream, start, end, seconds + period - start if pictures else 0.0)
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
