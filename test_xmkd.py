@@ -968,6 +968,13 @@ def test_the_published_vggsound_list_parses_whole(tmp_path):
     assert len(classes) == 309 and classes[clips[0].labels[0]] == "basketball bounce" and (clips[0].start, clips[0].end) == (90, 100) and len(skipped) == 15445
 
 
+def test_hdf5_that_is_a_pipe_does_not_hang(tmp_path):
+    pytest.importorskip("h5py")
+    os.mkfifo(tmp_path / "a.hdf5")
+    code = "try: xmkd.decode_hdf5(sys.argv[1])\nexcept xmkd.InputError as error: print(error)"
+    assert in_time(60, code, tmp_path / "a.hdf5").strip() == f"{tmp_path}/a.hdf5: not a regular file"
+
+
 def test_hdf5_without_h5py_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(xmkd.InputError, match="a.hdf5: .*pip install h5py"):

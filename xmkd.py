@@ -619,6 +619,8 @@ def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> T
         import h5py
     except ImportError as error:
         raise InputError(f"{path}: frames in HDF5 need the package h5py; pip install h5py") from error
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: not a regular file")
     codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()
     codec.thread_count = 1
     try:
