@@ -1156,6 +1156,14 @@ def test_a_last_batch_of_one_joins_the_one_before():
         assert sorted(i for b in batches for i, _ in b) == list(range(n))
 
 
+def test_equal_embeddings_rank_misses_first():
+    same = torch.ones(3, 4)                                                        # a network that has collapsed finds nothing
+    assert xmkd.retrieval_metrics(same, same, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), ks=(1, 2))["R@1"] == 0
+    twins = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])                     # two hits that are alike
+    found = xmkd.retrieval_metrics(twins[:1], twins, torch.tensor([0]), torch.tensor([0, 0, 1]), ks=(1,))
+    assert found == {"R@1": 1, "mAP": 1, "mAP_released": 1}
+
+
 def test_processes_draw_parts_of_the_same_batches(monkeypatch):
     for clips, size, multiple, sizes in ((19, 8, 2, [8, 8 + 2]), (20, 8, 2, [8, 8, 4]), (23, 8, 4, [8, 12]), (3, 8, 2, [2])):
         monkeypatch.setattr(xmkd, "RANK", 0), monkeypatch.setattr(xmkd, "WORLD", 1)
@@ -1367,6 +1375,15 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_one_straight_run(tmp_path
     assert rows[0] == rows[1] and len(rows[0]) == 20
     metrics = [json.loads((tmp_path / name / "results.json").read_text())["metrics"] for name in ("straight", "killed")]
     assert metrics[0] == metrics[1]
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path, media):
+    common = ["--data", str(media), "--task", "action_recognition", "--method", "student", "--out", str(tmp_path), "--cache", str(media.parent / "cache")]
+    weights = []
+    for workers in ("0", "1", "2", "0"):
+        assert xmkd.main([*[a if b != "--workers" else workers for b, a in zip(["", *TINY], TINY)], *common]) == 0
+        weights.append(xmkd.load_checkpoint(tmp_path / "last.pt")["student"])
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights for name in weights[0])
 
 
 def test_sigterm_ends_with_143_and_the_run_can_be_resumed(tmp_path, media):

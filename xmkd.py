@@ -1852,7 +1852,7 @@ def find_layout(root: str) -> str:
         return "demo"
     if not os.path.isdir(root):
         raise InputError(f"--data {root} is not a folder; give one, or 'demo'")
-    inside, files = {name.lower() for name in os.listdir(root)}, {*map(os.path.basename, walk_files(root))}
+    inside, files = {name.lower() for name in os.listdir(root)}, {*map(os.path.basename, walk_files(root, ".csv"))}
     annotation = annotation_file(root)                                  # the authors' UCF51 list has no segments
     segments = annotation and '"segment"' in Path(annotation).read_text(encoding="utf-8", errors="replace")
     signs = [("ucf101", "ucftraintestlist" in inside), ("audioset", "class_labels_indices.csv" in files),
