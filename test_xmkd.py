@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -1611,6 +1612,26 @@ def test_torchrun_trains_evaluates_each_clip_once_and_one_process_goes_on(tmp_pa
     assert evaluated.returncode == 0 and json.loads((tmp_path / "eval" / "results.json").read_text())["metrics"] == pytest.approx(again, abs=1e-6)
 
 
+def test_one_process_that_fails_ends_all_with_its_message(tmp_path, media):
+    (tmp_path / "main.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+import xmkd
+step, calls = xmkd.train_step, []
+def broken(*arguments):
+    calls.append(1)
+    if xmkd.RANK == 1 and len(calls) == 3:
+        raise xmkd.InputError("the second process has had enough")
+    return step(*arguments)
+xmkd.train_step = broken
+sys.exit(xmkd.main())
+""")
+    begun = time.time()
+    result = torchrun(tmp_path / "main.py", *TINY, "--batch-size", "4", "--data", media, "--method", "student", "--out", tmp_path / "run", "--cache", tmp_path / "cache")
+    assert result.returncode and "[1] error: the second process has had enough" in result.stderr and time.time() - begun < 120
+    assert not [*tmp_path.rglob("*.part")] and not (tmp_path / "run" / "results.json").exists()
+
+
 def test_benchmark_prints_loader_step_and_epoch(tmp_path, capsys):
     assert xmkd.main(["--benchmark", "--task", "action_recognition", "--width", "2", "--workers", "0", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
@@ -1815,6 +1836,23 @@ def test_a_panns_checkpoint_teaches_and_is_evaluated(tmp_path, media, capsys):
     for name, says in (("16k.pth", "another sample rate than 32 kHz"), ("part.pth", "conv_block2.bn1.weight")):
         with pytest.raises(xmkd.InputError, match=f"{name} is no checkpoint .*{says}"):
             xmkd.load_checkpoint(tmp_path / name)
+
+
+def test_a_checkpoint_that_unpacks_to_more_than_itself_or_has_odd_settings_is_refused(tmp_path):
+    network = {"kind": "audio", "num_classes": 2, "width": 2}
+    content = {"student": xmkd.make_network(**network).state_dict(), "network": network, "classes": ["a", "b"], "task": "audio_tagging",
+               "settings": {}, "filter": {}, "seed": 3, "method": "student", "epoch": 1, "versions": {}}
+    torch.save(content, tmp_path / "a.pt")
+    assert xmkd.load_checkpoint(tmp_path / "a.pt")["classes"] == ["a", "b"]
+    with zipfile.ZipFile(tmp_path / "a.pt") as whole, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for part in whole.infolist():
+            packed.writestr(part.filename, b"\0" * 10 ** 7 if part.filename.endswith("data/0") else whole.read(part))
+    with pytest.raises(xmkd.InputError, match=r"b.pt is no readable checkpoint: its parts are compressed and would take 10 MB"):
+        xmkd.load_checkpoint(tmp_path / "b.pt")
+    for key, value in (("settings", 5), ("classes", "ab"), ("filter", None), ("seed", "3")):
+        torch.save({**content, key: value}, tmp_path / "c.pt")
+        with pytest.raises(xmkd.InputError, match=f"{key} holds"):
+            xmkd.load_checkpoint(tmp_path / "c.pt")
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path):

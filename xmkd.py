@@ -45,6 +45,7 @@ import statistics
 import sys
 import time
 import warnings
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -1721,6 +1722,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     known = [value for module in (torch.optim, torch.optim.lr_scheduler) for value in vars(module).values()
              if isinstance(value, type) and issubclass(value, bases)]
     try:
+        if zipfile.is_zipfile(path) and (size := sum(part.file_size for part in zipfile.ZipFile(path).infolist())) > (
+                os.path.getsize(path)):
+            raise ValueError(f"its parts are compressed and would take {size / 1e6:,.0f} MB; torch.save does not do that")
         plain = (lambda factory: OrderedDict(), "collections.defaultdict")     # the loader fills no defaultdict
         with torch.serialization.safe_globals([*known, Counter, dict, plain]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1730,6 +1734,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if {"student", "network", "classes", "task"} <= content.keys():
             check_fit(content["network"], content["student"], os.path.getsize(path))
+            for key, kind in {"settings": dict, "filter": dict, "classes": list, "task": str, "seed": int}.items():
+                if not isinstance(content[key], kind):
+                    raise TypeError(f"{key} holds {content[key]!r:.50}, no {kind.__name__}")
             return content
         if len(content.get("model", {}).get("logmel_extractor.melW", range(513))) != 513:
             raise KeyError("its log-mel is for another sample rate than 32 kHz")
