@@ -1399,6 +1399,8 @@ def test_sigterm_ends_with_143_and_the_run_can_be_resumed(tmp_path, media):
     assert process.returncode == 143 and "--resume" in printed and "Traceback" not in printed
     saved = xmkd.load_checkpoint(tmp_path / "run" / "last.pt")
     epochs = str(saved["epoch"] + 1)
+    assert xmkd.main([*TINY, "--data", str(media), "--method", "student", "--eval-every", "500", "--out", str(tmp_path / "run"), "--resume"]) == 2      # 2 epochs, not 500
+    torch.save({**saved, "settings": {**saved["settings"], "epochs": saved["epoch"]}}, tmp_path / "run" / "last.pt")
     arguments = [a if a != "2" or b != "--epochs" else epochs for b, a in zip(["", *TINY], TINY)]
     assert xmkd.main([*arguments, "--data", str(media), "--method", "student", "--eval-every", "500", "--out", str(tmp_path / "run"), "--resume"]) == 0
     assert xmkd.load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == int(epochs)
@@ -1418,8 +1420,19 @@ def test_a_loss_that_is_not_finite_is_named_with_step_and_clips(tmp_path, media,
         patch.setattr(xmkd, "train_step", broken)
         assert xmkd.main([*common, "--epochs", "3", "--resume"]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"not finite in step 3 of epoch 2: \{'cls': nan\}; clips (train/(high|low)/\d(, )?){4}; lower --lr", error)
+    assert re.search(r"not finite in step 3 of epoch 2: \{'cls': nan, 'gradient': [\d.e-]+\}; clips (train/(high|low)/\d(, )?){4}; lower --lr", error)
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    calls.clear()
+
+    def exploding(student, *rest):
+        calls.append(1)
+        if len(calls) == 2:                                              # a finite loss of an infinite slope
+            student.cls.bias.register_hook(lambda gradient: gradient / 0)
+        return step(student, *rest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xmkd, "train_step", exploding)
+        assert xmkd.main([*common, "--task", "action_recognition", "--epochs", "3", "--out", str(tmp_path / "steep")]) == 2
+    assert re.search(r"not finite in step 2 of epoch 1: \{'cls': [\d.]+, 'gradient': (inf|nan)\}; clips", capsys.readouterr().err)
 
 
 def test_features_go_to_the_clip_that_they_are_named_after(tmp_path):

@@ -10,8 +10,8 @@ modality with cross-modal context; Contrastive Semantic Calibration (CSC) distil
     python xmkd.py                                              # demo: student alone against the distilled student
     python xmkd.py --task audio_tagging --data ./audioset       # the real thing; also ucf101, or train/<label>/* folders
 
-Measured: the demo on two CPU cores in 118 to 244 s (torch 2.14.1, seed 3): student mAP 0.39, distilled 0.47, teacher 0.65; over
-seeds 3 to 5 the two students are level (README). The paper's data sets and a GPU have not been at hand.
+Measured: the demo on two CPU cores in 118 to 191 s (torch 2.14.1, seed 3): student mAP 0.39, distilled 0.47, teacher
+0.65; over seeds 3 to 5 the two students are level (README). The paper's data sets and a GPU have not been at hand.
 
 The algorithm, numbered as in `train_step`; the teacher is frozen, one embedding a clip:
     1. student   map S, pooled p, logits       = student(view)
@@ -63,6 +63,7 @@ import torch.nn.functional as F
 import torchaudio
 from av.video.reformatter import VideoReformatter
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
@@ -1282,11 +1283,12 @@ def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = 
                  for views, box in zip(windows.split(64), boxes.split(64))]
         logits = torch.cat([part.logits for part in parts]).float()
         probabilities = logits.sigmoid() if data.tags else logits.softmax(1)
-        scores += [p.mean(0).cpu() for p in probabilities.split(counts)]
-        pooled += [p.mean(0).cpu() for p in torch.cat([part.pooled for part in parts]).float().split(counts)]
+        embeddings = torch.cat([part.pooled for part in parts]).float()
+        scores.append(torch.stack([p.mean(0) for p in probabilities.split(counts)]).cpu())
+        pooled.append(torch.stack([p.mean(0) for p in embeddings.split(counts)]).cpu())
         progress(step, len(loader))
     network.train(training)
-    return gather(torch.stack(scores))[:len(clips)], gather(torch.stack(pooled))[:len(clips)]
+    return gather(torch.cat(scores))[:len(clips)], gather(torch.cat(pooled))[:len(clips)]
 
 def final_metrics(job: Job, network: nn.Module) -> dict[str, float]:
     """The task's final protocol: consecutive windows of every clip; for retrieval, training clips are the gallery."""
@@ -1323,7 +1325,10 @@ def make_distiller(job: Job, method: str, teacher: Tensor | None) -> nn.Module |
 
 def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | None], optimizer: torch.optim.Optimizer,
                 prepare: Prepare, calibrate: bool, progress: Callable[[int], None]) -> dict[str, float]:
-    """One pass over the loader -> mean of each loss term. InputError names the first step whose loss is not finite."""
+    """One pass over the loader -> mean of each loss term and of the gradient's largest entry.
+
+    InputError names the first step in which one of them is not finite.
+    """
     device, settings, history, terms = prepare.mean.device, job.settings, [], {}
     for step, (views, boxes, _, *rest) in enumerate(watch(loader, job.data.store), 1):
         views, boxes, labels, embedding = (x.to(device, non_blocking=True) for x in (views, boxes, *rest))
@@ -1332,12 +1337,13 @@ def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | No
             inputs, embedding, labels = mixup(inputs, embedding, labels)
         terms = train_step(*networks, optimizer, inputs, embedding, labels, settings["csc_offset"], settings["margin"],
                            settings["sparsity"], calibrate)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        terms["gradient"] = get_total_norm(gradients, math.inf)         # the largest; a loss can be finite without it
         history.append(torch.stack([*terms.values()]))
         progress(step)
     values = torch.stack(history).cpu()                                 # (steps, terms), brought over once an epoch
-    weights = all(bool(p.isfinite().all()) for network in networks if network is not None for p in network.parameters())
-    if not (weights and values.isfinite().all()):
-        step = next((i for i, row in enumerate(values) if not row.isfinite().all()), len(values) - 1)
+    if not values.isfinite().all():
+        step = next(i for i, row in enumerate(values) if not row.isfinite().all())
         ids = [job.data.store.clips[i].id for i, _ in [*loader.batch_sampler][step]]
         raise InputError(f"loss or gradient is not finite in step {step + 1} of epoch {loader.batch_sampler.epoch}: "
                          f"{dict(zip(terms, values[step].tolist()))}; clips {', '.join(ids)}; lower --lr")
@@ -1347,7 +1353,9 @@ def take_up(out: Path, log: Path, about: dict[str, Any], own: bool) -> dict[str,
     """What last.pt holds; with `own` settings, InputError if one differs that must not. The log is cut to its epoch."""
     saved = load_checkpoint(out / "last.pt")
     pairs = {key: (saved[key], about[key]) for key in ("method", "seed", "classes", "network")}
-    pairs |= {key: (saved["settings"].get(key), new) for key, new in about["settings"].items() if key not in RUN_OPTIONS}
+    fewer = about["settings"]["epochs"] < saved["settings"]["epochs"]       # more is harmless
+    pairs |= {key: (saved["settings"].get(key), new) for key, new in about["settings"].items()
+              if key not in RUN_OPTIONS or (key == "epochs" and fewer)}
     for key, (old, new) in pairs.items():
         if own and old != new:
             raise InputError(f"--resume: {key} was {old!r} in {out}/last.pt and is {new!r} now; keep it or change --out")
@@ -1369,7 +1377,8 @@ def set_up(job: Job, method: str, seed: int,
     helper = helper.to(settings["device"]) if helper is not None else None
     filter_lr = 0.2 if isinstance(helper, ModalityNoiseFilter) else 1.0
     optimizer = make_optimizer(network, helper, settings["lr"], settings["weight_decay"], filter_lr)
-    return network, distribute(network, helper, optimizer) if WORLD > 1 else network, helper, optimizer, sizes
+    trained = distribute(network, helper, optimizer) if WORLD > 1 else network
+    return network, trained, helper, optimizer, sizes
 
 def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> nn.Module:
     """Trains one network by one method; config.json, log.jsonl, best.pt and last.pt lie in `out` when it returns.
