@@ -712,6 +712,48 @@ def test_real_clips_decode_in_every_codec():
     assert xmkd.decode_video(TESTDATA / "clips" / "nasa_13013_rotated.mp4", size=40).shape[2:] == (71, 40)      # turned upright
 
 
+def jpeg_error(path, planes, **more):
+    """Mean distance of the cached frames from those decoded, in levels of 255, and their bytes."""
+    clip = xmkd.Clip("a", (0,), "train", None, str(path))
+    frames = xmkd.load_stream(clip, "video", **more)
+    packed = xmkd.pack_frames(xmkd.load_stream(clip, "video", planes=planes, **more))
+    kept = xmkd.read_frames(packed, range(len(packed)))
+    assert kept.shape == frames.shape and kept.dtype == torch.uint8
+    return (kept.float() - frames.float()).abs().mean().item(), packed.nbytes
+
+
+@pytest.mark.parametrize("space", [0, 1, 2, 5, 6, 7, 9])
+@pytest.mark.parametrize("pix", ["yuv420p", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "gray", "bgr0"])
+def test_planes_give_jpeg_the_colours_that_rgb_would(pix, space):
+    blocks = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).repeat(20, 0).repeat(20, 1).astype(np.uint8)
+    frame = av.VideoFrame.from_ndarray(blocks, format="rgb24").reformat(format=pix)
+    for value in (0, 1, 2):                                                        # the range: not told, TV, computer
+        frame.colorspace, frame.color_range = space, value
+        one, two = (xmkd.to_picture(frame, 64, xmkd.VideoReformatter(), xmkd.VideoReformatter(), planes) for planes in (False, True))
+        rgb = torch.from_numpy(one.to_ndarray()).permute(2, 0, 1)[None]
+        via_rgb, direct = ((xmkd.read_frames(xmkd.pack_frames(x), [0]) - rgb.float()).abs().mean() for x in (rgb, [two]))
+        assert (two.height, two.width) == (64, 85) and direct <= via_rgb + 0.2
+
+
+@needs_testdata
+def test_the_cache_of_real_clips_is_as_close_and_hardly_larger_without_rgb_between():
+    for path in [*sorted((TESTDATA / "clips").glob("*.[ma]*[v4mg]")), next((TESTDATA / "avdigits").rglob("*.avi"))]:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                continue
+        (via_rgb, large), (direct, small) = (jpeg_error(path, planes, size=64) for planes in (False, True))
+        assert direct <= via_rgb + 0.01 and small < 1.1 * large, path
+
+
+def test_turned_doubled_and_changing_pictures_are_cached_in_shape(tmp_path):
+    one, other = pictures(tmp_path / "1.mjpeg", [0, 40]), pictures(tmp_path / "2.mjpeg", [0, 40], (32, 96))
+    both = tmp_path / "both.mjpeg"
+    both.write_bytes(one.read_bytes() + other.read_bytes())
+    assert jpeg_error(both, True, fps=100.0, size=24)[0] < 3                       # each picture several times over
+    if TESTDATA.is_dir():
+        assert jpeg_error(TESTDATA / "clips" / "nasa_13013_rotated.mp4", True, size=40)[0] < 3
+
+
 # ------------------------------------------------------------------------------------------------ 4. data sets
 def audioset(root, train=("aaaaaaaaaa0",), evaluation=("bbbbbbbbbb0",), files=None, labels='"/m/1,/m/2"'):
     """A tree with empty media files; `files` are their paths."""
@@ -1052,6 +1094,8 @@ def test_store_decodes_once_and_tries_again_what_failed(tmp_path):
     frames, samples = store.stream(0, "video"), store.stream(0, "audio")
     assert frames.dtype == np.uint8 and (xmkd.read_frames(frames, [2, 0, 2]) - 100.0).abs().max() < 6
     assert samples.dtype == np.int16 and samples[0] == -32767 and samples[-1] == 32767
+    raw = np.arange(36, dtype=np.uint8).reshape(3, 3, 2, 2)
+    assert torch.equal(xmkd.read_frames(raw, [2, 0, 2]), torch.from_numpy(raw[[2, 0, 2]]))
 
 
 def test_demo_clips_are_not_mistaken_for_a_file_of_that_name(tmp_path, monkeypatch):

@@ -572,25 +572,33 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
             pieces += resampler.resample(None)
         late = round(((start if first is None else first) - start) * rate)     # a late start is preceded by silence
         silence, begin = np.zeros(max(late, 0), np.float32), max(-late, 0)
-        samples = np.concatenate([silence, *(piece.to_ndarray()[0] for piece in pieces)])
+        samples = np.concatenate([silence, *(np.frombuffer(p.planes[0], np.float32, p.samples) for p in pieces)])
         samples = samples[begin:None if end is None else begin + round((end - start) * rate)]
         check_length(stream, start, end, len(samples) / rate)
         if not np.isfinite(samples).all():
             raise InputError("its audio holds numbers that are infinite, or none at all (NaN); mend or convert it")
     return torch.from_numpy(samples)
 
-def to_picture(frame: Any, size: tuple[int, int] | int, scale: VideoReformatter, convert: VideoReformatter) -> Any:
-    """A decoded frame as (H, W, 3) uint8 RGB, turned upright; `size` as in `decode_video`."""
+def to_picture(frame: Any, size: tuple[int, int] | int, scale: VideoReformatter, convert: VideoReformatter,
+               planes: bool = False) -> Any:
+    """A decoded frame scaled to `size` (see `decode_video`) and turned upright, as PyAV has it: (H, W) RGB.
+
+    planes  for JPEG: the planes that it holds, where the file has such, instead of RGB.
+    """
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4                # phones store the turn beside the picture
     sides = (frame.width, frame.height)
     if isinstance(size, int):
         width, height = (round(size * min(side / min(sides), 4)) for side in sides)
     else:
         height, width = size if turns % 2 == 0 else size[::-1]
+    like_jpeg = planes and not turns and frame.format.name in ("yuv420p", "yuvj420p")
     if frame.format.name.startswith("yuv"):                                     # scaled first: half the time
-        frame = scale.reformat(frame, width, height, threads=1)
-    image = convert.reformat(frame, width, height, "rgb24", threads=1).to_ndarray()
-    return np.rot90(image, turns)
+        at_once = like_jpeg and frame.colorspace in (2, 5, 6)                   # JPEG's matrix, BT.601, or none given
+        frame = scale.reformat(frame, width, height, "yuvj420p" if at_once else None, threads=1)
+    frame = convert.reformat(frame, width, height, "yuvj420p" if like_jpeg else "rgb24", None, "ITU601", threads=1)
+    if turns or planes and not like_jpeg:               # a new frame has not the tags that would change colours in JPEG
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns)), "rgb24")
+    return frame
 
 def decode_video(path: str | Path, start: float = 0.0, end: float | None = None, fps: float = 4.0,
                  size: tuple[int, int] | int = (128, 171)) -> Tensor:
@@ -600,6 +608,12 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1).
     Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
+    pictures = [picture.to_ndarray() for picture in decode_pictures(path, start, end, fps, size)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+
+def decode_pictures(path: str | Path, start: float, end: float | None, fps: float, size: tuple[int, int] | int,
+                    planes: bool = False) -> list[Any]:
+    """The frames of `decode_video` as PyAV has them, (H, W) RGB or, with `planes`, what `to_picture` makes of them."""
     pictures: list[Any] = []
     reformatters, seconds = (VideoReformatter(), VideoReformatter()), start
     with open_media(path, "video") as stream:
@@ -609,12 +623,12 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
             stop = min(seconds + period if following is None else following, math.inf if end is None else end)
             picture = None
             while start + len(pictures) / fps < stop - 1e-6:
-                picture = to_picture(frame, size, *reformatters) if picture is None else picture
+                picture = to_picture(frame, size, *reformatters, planes) if picture is None else picture
                 pictures.append(picture)
-                size = picture.shape[:2]                                        # the shape of all, even if it changes
-                check_room("video", len(pictures) / fps, picture.nbytes * fps)
+                size = picture.height, picture.width                            # the shape of all, even if it changes
+                check_room("video", len(pictures) / fps, 3 * math.prod(size) * fps)
         check_length(stream, start, end, seconds + period - start if pictures else 0.0)
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    return pictures
 
 def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the authors' HDF5 files (dataset `video`, one JPEG a frame) as they are: (T, 3, H, W) uint8 RGB.
@@ -632,7 +646,7 @@ def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> T
     try:
         with h5py.File(path) as file:
             frames = [codec.decode(av.Packet(np.asarray(jpeg, np.uint8).tobytes()))[0] for jpeg in file["video"]]
-        pictures = np.stack([to_picture(frame, size, *reformatters) for frame in frames])
+        pictures = np.stack([to_picture(frame, size, *reformatters).to_ndarray() for frame in frames])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
     except (OSError, KeyError, TypeError, ValueError, IndexError, av.error.FFmpegError) as error:
         raise InputError(f"{path}: no HDF5 file with a JPEG a frame in `video` ({error})") from error
@@ -880,9 +894,11 @@ def read_folder(root: str | Path, skipped: list[tuple[str, str]] | None = None) 
                   None if is_sound_only(path) else path) for part, label, path in found]
     return clips, classes
 
-def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] | int = 128) -> Tensor:
+def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] | int = 128,
+                planes: bool = False) -> Any:
     """One stream of a clip: "audio" -> (samples,) float32 at 32 kHz, "video" -> (T, 3, H, W) uint8. Raises InputError.
 
+    planes  "video" -> T frames of PyAV instead, as `pack_frames` takes them without a detour over RGB (but for HDF5).
     The file may be the whole video or already cut; unless the clip tells, the duration does: cut where it is nearer to
     the segment's than to its end.
     """
@@ -898,6 +914,8 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
             duration = (stream.container.duration or 0) / av.time_base
         if 0 < duration <= end - start + 0.5 or (0 < duration < end and duration + start < 2 * end - duration):
             start, end = 0.0, end - start
+    if kind == "video" and planes:
+        return decode_pictures(path, start, end, fps, size, True)
     return decode_audio(path, start, end) if kind == "audio" else decode_video(path, start, end, fps, size)
 
 # ============================================== 6. Demo data (made from the seed; no files)
@@ -963,26 +981,33 @@ def demo_stream(clip: Clip, kind: str, student: str, seed: int, noise: float, mi
     return demo_picture(events, contrast, rng, max(1, round(fps)), side)
 
 # ============================================== 7. Clip store and views
-def pack_frames(frames: Tensor) -> np.ndarray:
-    """(T, 3, H, W) uint8 -> (T, L) uint8: a JPEG a row, zeros behind it; 4 to 6 kB a frame at 128 x 171."""
+def pack_frames(frames: Tensor | list[Any]) -> np.ndarray:
+    """(T, 3, H, W) uint8, or T frames of PyAV -> (T, L) uint8: a JPEG a row, zeros behind; 4 to 6 kB at 128 x 171."""
+    images = frames if isinstance(frames, list) else [
+        av.VideoFrame.from_ndarray(image, format="rgb24") for image in frames.permute(0, 2, 3, 1).numpy()]
     codec = av.CodecContext.create("mjpeg", "w")
-    codec.height, codec.width = frames.shape[2:]
+    codec.height, codec.width = images[0].height, images[0].width
+    codec.options = {"huffman": "default"}                              # own tables: a tenth smaller, half as fast
     codec.pix_fmt, codec.time_base, codec.thread_count, codec.qmin, codec.qmax = "yuvj420p", Fraction(1, 25), 1, 2, 2
-    images = [av.VideoFrame.from_ndarray(image, format="rgb24") for image in frames.permute(0, 2, 3, 1).numpy()]
-    jpegs = [bytes(packet) for image in [*images, None] for packet in codec.encode(image)]
+    jpegs = []
+    for k, image in enumerate(images):
+        image.pts, image.time_base = k, codec.time_base                 # they must rise, and a picture may come again
+        jpegs += map(bytes, codec.encode(image))
+    jpegs += map(bytes, codec.encode(None))
     length = max(map(len, jpegs))
     return np.stack([np.frombuffer(jpeg.ljust(length, b"\0"), np.uint8) for jpeg in jpegs])
 
 def read_frames(stream: np.ndarray, window: Sequence[int]) -> Tensor:
     """The frames of a window, (len(window), 3, H, W) uint8, of a stream as `pack_frames` made it or as decoded."""
+    if stream.ndim == 4:
+        return torch.from_numpy(np.asarray(stream)[window])             # as an array: indexed faster than np.memmap
     wanted, places = np.unique(window, return_inverse=True)
     frames = stream[wanted]
-    if frames.ndim == 2:
-        codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()       # made once: half the time
-        codec.thread_count = 1
-        images = [codec.decode(av.Packet(jpeg.tobytes()))[0] for jpeg in frames]
-        frames = np.stack([reformatter.reformat(image, format="rgb24", threads=1).to_ndarray() for image in images])
-        frames = frames.transpose(0, 3, 1, 2)
+    codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()       # made once: half the time
+    codec.thread_count = 1
+    images = [codec.decode(av.Packet(jpeg.tobytes()))[0] for jpeg in frames]
+    frames = np.stack([reformatter.reformat(image, format="rgb24", threads=1).to_ndarray() for image in images])
+    frames = frames.transpose(0, 3, 1, 2)
     return torch.from_numpy(frames if len(wanted) == len(window) else frames[places])
 
 class ClipStore(Dataset[Any]):
@@ -1628,7 +1653,8 @@ def write(path: Path, content: Any) -> None:
             else:
                 file.write(json.dumps(content, indent=2).encode() + b"\n")
             file.flush()
-            os.fsync(file.fileno())
+            if path.suffix != ".npy":                                   # the cache notices what a power cut leaves
+                os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:                            # RuntimeError: what torch.save makes of it
         free = shutil.disk_usage(path.parent).free / 1e6
@@ -1929,7 +1955,8 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
         gc.enable()
     gc.freeze()                                                         # and not copied into the loader's processes
     side = round(settings["size"] * 128 / 112)                          # 112 is cropped from a shorter side of 128
-    load: Any = partial(load_stream, fps=settings["fps"], size=side)
+    planes = not (settings["raw_cache"] or settings["no_cache"])
+    load: Any = partial(load_stream, fps=settings["fps"], size=side, planes=planes)
     depends: dict[str, Any] = {"audio": [], "video": [settings["fps"], side]}
     if layout == "demo":
         dials = {name: settings[name] for name in ("seed", "noise", "mismatch", "fps")}
