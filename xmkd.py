@@ -608,8 +608,11 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1).
     Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
-    pictures = [picture.to_ndarray() for picture in decode_pictures(path, start, end, fps, size)]
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    pictures = decode_pictures(path, start, end, fps, size)
+    frames = np.empty((len(pictures), pictures[0].height, pictures[0].width, 3), np.uint8)
+    for frame, picture in zip(frames, pictures):                                # not stacked: that takes memory twice
+        frame[:] = picture.to_ndarray()
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 def decode_pictures(path: str | Path, start: float, end: float | None, fps: float, size: tuple[int, int] | int,
                     planes: bool = False) -> list[Any]:
@@ -1034,10 +1037,10 @@ class ClipStore(Dataset[Any]):
         file = self.folder and self.folder / "clips" / (name := self.key(i, kind))[:2] / f"{name}.npy"
         if file and file.exists():
             with suppress(ValueError, EOFError):                        # damaged since: decoded again
-                return np.load(file, mmap_mode="r")
+                return np.load(str(file), mmap_mode="r")              # of a Path, NumPy would look up all folders
         try:
             content = self.load(self.clips[i], kind)
-            array = ((content.clamp(-1, 1) * 32767).round().short().numpy() if kind == "audio" else
+            array = (content.clamp(-1, 1).mul_(32767).round_().short().numpy() if kind == "audio" else
                      content.contiguous().numpy() if self.raw or not file else pack_frames(content))
         except InputError:
             raise
@@ -1113,7 +1116,7 @@ class Views(Dataset[Any]):
         self.data, self.spec, self.protocol, self.teacher = data, spec, protocol, teacher
         steps: list[Any] = [v2.Grayscale(3)] if spec.strong else []
         steps += [v2.RandomInvert(0.5), v2.RandomRotation(15)] if spec.strong and protocol == "train" else []
-        self.recolor: Any = v2.Compose(steps or [v2.Identity()])
+        self.recolor: Any = v2.Compose(steps) if steps else nn.Identity()
 
     def random_box(self, frames: Tensor) -> Tensor:
         """A box of at least `crop_area` of the frame, sides 3:4 to 4:3; mirrored half the time."""
