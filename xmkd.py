@@ -581,10 +581,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
 
 def to_picture(frame: Any, size: tuple[int, int] | int, scale: VideoReformatter, convert: VideoReformatter,
                planes: bool = False) -> Any:
-    """A decoded frame scaled to `size` (see `decode_video`) and turned upright, as PyAV has it: (H, W) RGB.
-
-    planes  for JPEG: the planes that it holds, where the file has such, instead of RGB.
-    """
+    """A decoded frame as one of PyAV in RGB, upright; with `planes` as JPEG has it, if alike; `size`: `decode_video`."""
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4                # phones store the turn beside the picture
     sides = (frame.width, frame.height)
     if isinstance(size, int):
@@ -601,22 +598,14 @@ def to_picture(frame: Any, size: tuple[int, int] | int, scale: VideoReformatter,
     return frame
 
 def decode_video(path: str | Path, start: float = 0.0, end: float | None = None, fps: float = 4.0,
-                 size: tuple[int, int] | int = (128, 171)) -> Tensor:
+                 size: tuple[int, int] | int = (128, 171), planes: bool = False) -> Any:
     """Frames of the file's best video stream at a fixed rate: (T, 3, H, W) uint8 RGB, T = ceil(seconds * fps).
 
     start, end  seconds on the file's own clock; end=None reads to its end.   fps  frame k is shown at start + k / fps.
     size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1).
+    planes  a list of T frames of PyAV instead, which `pack_frames` need not convert from RGB.
     Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
-    pictures = decode_pictures(path, start, end, fps, size)
-    frames = np.empty((len(pictures), pictures[0].height, pictures[0].width, 3), np.uint8)
-    for frame, picture in zip(frames, pictures):                                # not stacked: that takes memory twice
-        frame[:] = picture.to_ndarray()
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)
-
-def decode_pictures(path: str | Path, start: float, end: float | None, fps: float, size: tuple[int, int] | int,
-                    planes: bool = False) -> list[Any]:
-    """The frames of `decode_video` as PyAV has them, (H, W) RGB or, with `planes`, what `to_picture` makes of them."""
     pictures: list[Any] = []
     reformatters, seconds = (VideoReformatter(), VideoReformatter()), start
     with open_media(path, "video") as stream:
@@ -631,7 +620,12 @@ def decode_pictures(path: str | Path, start: float, end: float | None, fps: floa
                 size = picture.height, picture.width                            # the shape of all, even if it changes
                 check_room("video", len(pictures) / fps, 3 * math.prod(size) * fps)
         check_length(stream, start, end, seconds + period - start if pictures else 0.0)
-    return pictures
+    if planes:
+        return pictures
+    frames = np.empty((len(pictures), pictures[0].height, pictures[0].width, 3), np.uint8)
+    for row, picture in zip(frames, pictures):                                  # not stacked: that takes memory twice
+        row[:] = picture.to_ndarray()
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the authors' HDF5 files (dataset `video`, one JPEG a frame) as they are: (T, 3, H, W) uint8 RGB.
@@ -901,7 +895,7 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
                 planes: bool = False) -> Any:
     """One stream of a clip: "audio" -> (samples,) float32 at 32 kHz, "video" -> (T, 3, H, W) uint8. Raises InputError.
 
-    planes  "video" -> T frames of PyAV instead, as `pack_frames` takes them without a detour over RGB (but for HDF5).
+    planes  as in `decode_video`; HDF5 always gives RGB.
     The file may be the whole video or already cut; unless the clip tells, the duration does: cut where it is nearer to
     the segment's than to its end.
     """
@@ -917,9 +911,7 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
             duration = (stream.container.duration or 0) / av.time_base
         if 0 < duration <= end - start + 0.5 or (0 < duration < end and duration + start < 2 * end - duration):
             start, end = 0.0, end - start
-    if kind == "video" and planes:
-        return decode_pictures(path, start, end, fps, size, True)
-    return decode_audio(path, start, end) if kind == "audio" else decode_video(path, start, end, fps, size)
+    return decode_audio(path, start, end) if kind == "audio" else decode_video(path, start, end, fps, size, planes)
 
 # ============================================== 6. Demo data (made from the seed; no files)
 def demo_clips(tags: bool, train: int = 480, evaluation: int = 240) -> tuple[list[Clip], list[str]]:
