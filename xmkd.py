@@ -178,7 +178,7 @@ class AllReduce(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return AllReduce.apply(gradient.contiguous())
 
 def gather(values: Any) -> Any:
@@ -211,7 +211,8 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
     if isinstance(noise_filter, ModalityNoiseFilter):
         filtered = noise_filter.train()(teacher, features.map)                                        # 2. filter
         similarity = cosine_matrix(features.pooled, filtered.teacher).detach() * calibrate            # 3. trust (B, B)
-        weight, raw = noise_filter.gated_feature_composer[3].weight, noise_filter.adapter(teacher).detach()
+        weight: Any = noise_filter.gated_feature_composer[3].weight
+        raw = noise_filter.adapter(teacher).detach()
         filter_terms = {"filter_cls": classification_loss(filtered.logits, labels),                   # 4. filter loss
                         "sparsity": sparsity * sparsity_loss(weight),    # of the gate's last layer only, as released
                         "triplet": triplet_loss(features.pooled, raw, filtered.teacher, margin)}
@@ -219,7 +220,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
     elif noise_filter is not None:
         student_terms["distill"] = noise_filter.train()(features, teacher, labels)
     optimizer.zero_grad(set_to_none=True)
-    if filter_terms:      # trains the filter only: the same as a whole backward pass whose student part is thrown away
+    if noise_filter and filter_terms:     # trains the filter only: as a whole backward pass, its student part dropped
         torch.stack([*filter_terms.values()]).sum().backward(inputs=[*noise_filter.parameters()], retain_graph=True)
     torch.stack([*student_terms.values()]).sum().backward()
     optimizer.step()                                                                                  # 6. Adam
@@ -384,7 +385,8 @@ class VideoNet(nn.Module):
     def forward(self, frames: Tensor) -> Features:
         """frames (B, 3, T, H, W), ImageNet-normalised -> Features; 16x112x112 gives K = 2*7*7 = 98 positions."""
         x = F.relu(self.bn1(self.conv1(frames)))
-        x = self.conv5(self.conv4(self.conv3(self.conv2(x))))              # (B, D, T/8, H/16, W/16)
+        for i in range(2, 6):
+            x = getattr(self, f"conv{i}")(x)                               # (B, D, T/8, H/16, W/16) in the end
         features = x.flatten(2).transpose(1, 2)                            # (B, K, D)
         pooled = features.mean(1)
         return Features(features, pooled, self.cls(pooled))
@@ -447,9 +449,9 @@ class AudioNet(nn.Module):
 def make_network(kind: str, num_classes: int, width: int, **more: Any) -> nn.Module:
     """The student or a teacher from scratch of one modality; D = 8 * width. `more`: the class's own arguments."""
     if kind == "video":        # channels-last: 1.1 to 1.5 times faster steps, same numbers
-        return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)  # type: ignore
+        return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)
     more = {"dim": 8 * width, **more}
-    return AudioNet(num_classes, width, **more).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return AudioNet(num_classes, width, **more).to(memory_format=torch.channels_last)
 
 class Prepare(nn.Module):
     """Raw views -> network input in float32, on the views' device.
@@ -462,8 +464,8 @@ class Prepare(nn.Module):
     def __init__(self, size: int = 112, spec_augment: bool = False) -> None:
         super().__init__()
         self.logmel, self.size, self.spec_augment = LogMel(), size, spec_augment
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1))
+        self.mean = nn.Buffer(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1, 1))
+        self.std = nn.Buffer(torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1, 1))
 
     def forward(self, views: Tensor, boxes: Tensor | None = None) -> Tensor:
         if views.ndim == 5:
@@ -498,7 +500,7 @@ def open_media(path: str | Path, kind: str) -> Iterator[Any]:
         with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
             alone = {"protocol_whitelist": ""}                  # a playlist may name further files, addresses and ports
             with av.open(file, "r", options=alone, metadata_errors="replace") as container:
-                stream = container.streams.best(kind)
+                stream: Any = container.streams.best(kind)  # type: ignore[arg-type]
                 if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
                     raise InputError(f"no {kind} stream")                       # a cover picture is no video
                 if stream.codec_context is None:
@@ -610,7 +612,7 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     reformatters, seconds = (VideoReformatter(), VideoReformatter()), start
     with open_media(path, "video") as stream:
         period = 1 / float(stream.average_rate or 25)
-        timed = itertools.chain(timed_frames(stream, start, end), [(None, None)])
+        timed: Iterator[Any] = itertools.chain(timed_frames(stream, start, end), [(None, None)])
         for (seconds, frame), (following, _) in itertools.pairwise(timed):
             stop = min(seconds + period if following is None else following, math.inf if end is None else end)
             picture = None
@@ -687,7 +689,7 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
 
     owners  keys of `listed` that a file name stands for.  Raises InputError, with three of each, where none has a file.
     """
-    media, sound, picture = walk_media(root), {}, {}
+    media, sound, picture = walk_media(root), dict[str, str](), dict[str, str]()
     for path in media:
         for key in owners(path.rpartition("/")[2]):
             (sound if is_sound_only(path) else picture).setdefault(key, path)              # of copies the first
@@ -847,7 +849,7 @@ def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None
 
     Files are `<id>_<start:06d>.*` or other downloaders' `v<id>_<start>_...`. Raises InputError naming file and line.
     """
-    tables, rows = {os.path.basename(path): path for path in walk_files(root, ".csv")}, {}
+    tables, rows = {os.path.basename(path): path for path in walk_files(root, ".csv")}, dict[str, Any]()
     names = ["vggsound.csv"] if "vggsound.csv" in tables else [n for n in ("train.csv", "test.csv") if n in tables]
     for name in names:
         for place, row in read_rows(tables[name]):
@@ -1051,7 +1053,7 @@ class ClipStore(Dataset[Any]):
         except InputError as error:
             return job[0], [], 0, str(error)
 
-    def decode(self, jobs: list[tuple[int, Sequence[str]]], workers: int,
+    def decode(self, jobs: Sequence[tuple[int, Sequence[str]]], workers: int,
                progress: Callable[[int, int], None]) -> list[tuple[int, list[int], int, str]]:
         """The result of every job, in order, done by `workers` processes of each of torchrun's."""
         own, done = jobs[RANK::WORLD], []
@@ -1122,7 +1124,7 @@ class Views(Dataset[Any]):
         n, size = len(stream), self.spec.samples if audio else self.spec.frames
         if self.protocol == "train":
             with torch.random.fork_rng(devices=[]):
-                torch.random.default_generator.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 start = int(torch.randint(max(n - size, 0) + 1, ()))
                 view = (torch.from_numpy(np.resize(stream[start:start + size], size)) if audio else      # short ones loop
                         self.recolor(read_frames(stream, [(start + k) % n for k in range(size)])))
@@ -1141,11 +1143,11 @@ class Views(Dataset[Any]):
 
 def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
     """Views and boxes of all items of `Views`, number of views of each, the rest stacked; small frames' edges grow."""
-    views, boxes, *rest = zip(*items)
+    views, boxes, *rest = map(list, zip(*items))
     if views[0].ndim == 5:
         rows, columns = (torch.arange(max(v.shape[axis] for v in views)) for axis in (-2, -1))
         views = [v[..., rows.clamp(max=v.shape[-2] - 1)[:, None], columns.clamp(max=v.shape[-1] - 1)] for v in views]
-    return torch.cat([*views]), torch.cat(boxes), [len(view) for view in views], *(torch.stack(part) for part in rest)
+    return torch.cat(views), torch.cat(boxes), [len(view) for view in views], *(torch.stack(part) for part in rest)
 
 class EpochBatches(Sampler[Any]):
     """Shuffled batches of (clip, view seed), given by seed and `epoch`; under torchrun each process's part of them.
@@ -1200,7 +1202,7 @@ class Data(NamedTuple):
                 owned = Counter(label for i in clips for label in self.store.clips[i].labels)
                 weights = torch.tensor([sum(1 / owned[label] for label in self.store.clips[i].labels) for i in clips])
             batches = EpochBatches(clips, pairs * settings["batch_size"], seed, weights, pairs * WORLD)
-        return DataLoader(views, batch_sampler=batches or [  # type: ignore[arg-type]
+        return DataLoader(views, batch_sampler=batches or [
             [(i, 0) for i in clips[b:b + size]] for b in range(0, len(clips), size)], collate_fn=join_views,
             num_workers=settings["workers"], persistent_workers=settings["workers"] > 0,
             pin_memory=torch.cuda.is_available())
@@ -1229,7 +1231,7 @@ def mean_auc(scores: Tensor, labels: Tensor) -> float:
     for every, own in by_class(scores, labels):
         if 0 < len(own) < len(every):                                  # share of negatives below a positive, ties half
             below = sum(np.searchsorted(every, own, side) - np.searchsorted(own, own, side) for side in ("left", "right"))
-            areas.append((below / 2).mean() / (len(every) - len(own)))
+            areas.append(np.mean(below / 2) / (len(every) - len(own)))
     return statistics.fmean(areas) if areas else math.nan
 
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -1473,8 +1475,8 @@ class KineticsTeacher(nn.Module):
         self.fc, self.net.fc = self.net.fc, nn.Identity()
         ours, theirs = Prepare(), R2Plus1D_18_Weights.KINETICS400_V1.transforms()
         mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (theirs.mean, theirs.std))
-        self.register_buffer("scale", ours.std / std)
-        self.register_buffer("shift", (ours.mean - mean) / std)
+        self.scale = nn.Buffer(ours.std / std)
+        self.shift = nn.Buffer((ours.mean - mean) / std)
 
     def forward(self, frames: Tensor) -> Features:
         """The logits are those of Kinetics-400."""
@@ -1512,7 +1514,7 @@ def train_teacher(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 def find_features(folder: str | Path, clips: Sequence[Clip]) -> dict[str, str]:
     """Path of `<clip id>.npy` under `folder` by clip id; case does not count, nor folders where the name is unique."""
-    last = lambda name: name.rpartition("/")[2]
+    last: Callable[[str], str] = lambda name: name.rpartition("/")[2]
     named = {os.path.splitext(os.path.relpath(path, folder))[0].lower(): path for path in walk_files(folder, ".npy")}
     ids = {clip.id: clip.id.lower() for clip in clips}
     files, owners = Counter(map(last, named)), Counter(map(last, ids.values()))
@@ -1551,7 +1553,8 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     modality, else zeros; `scores` of the latter, if it knows the classes; `info`. A file in `cache`, memory-mapped.
     """
     settings, data, spec, console = job
-    choice, network = settings["teacher"], None
+    choice = settings["teacher"]
+    network: nn.Module | None = None
     if choice == "auto" and settings["data"] != "demo":
         reason = "torchaudio has no pretrained tagging network"
         if spec.kind == "video":
@@ -1591,7 +1594,8 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
     if folder := settings.get("teacher_features"):
         files, clips = find_features(folder, data.store.clips), data.store.clips
         shared = [i for i in data.eval if clips[i].id in files]
-        found, scores = read_features([files[clips[i].id] for i in data.train + shared]), None
+        found = read_features([files[clips[i].id] for i in data.train + shared])
+        scores: Any = None
         info: dict[str, Any] = {"kind": f"embeddings {folder}"}
         embeddings = torch.zeros(len(clips), found.shape[1])
         embeddings[data.train + shared] = found
@@ -1607,7 +1611,7 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
 class Console:
     """Lines for people. Progress rewrites one line on a terminal, is a line every 20 s elsewhere; `quiet` mutes both."""
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet, self.terminal, self.warnings = quiet or RANK > 0, sys.stdout.isatty(), []
+        self.quiet, self.terminal, self.warnings = quiet or RANK > 0, sys.stdout.isatty(), list[str]()
         self.clear = "\r\x1b[K" if self.terminal else ""
 
     def say(self, text: str) -> None:
@@ -1676,7 +1680,7 @@ def equip(network: nn.Module, settings: dict[str, Any]) -> nn.Module:
     network = network.to(settings["device"])
     if settings["amp"] == "bf16":
         forward = torch.autocast(torch.device(settings["device"]).type, torch.bfloat16)(network.forward)
-        network.forward = lambda inputs: Features(*(part.float() for part in forward(inputs)))  # type: ignore[assignment]
+        network.forward = lambda inputs: Features(*(part.float() for part in forward(inputs)))
     if settings["compile"]:
         network.compile()
     return network
@@ -1755,7 +1759,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if zipfile.is_zipfile(path) and (size := sum(part.file_size for part in zipfile.ZipFile(path).infolist())) > (
                 os.path.getsize(path)):
             raise ValueError(f"its parts are compressed and would take {size / 1e6:,.0f} MB; torch.save does not do that")
-        plain = (lambda factory: OrderedDict(), "collections.defaultdict")     # the loader fills no defaultdict
+        plain: Any = (lambda factory: OrderedDict(), "collections.defaultdict")     # the loader fills no defaultdict
         with torch.serialization.safe_globals([*known, Counter, dict, plain]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                          # a dozen kinds, by what is wrong with the file
@@ -1907,7 +1911,7 @@ def find_layout(root: str) -> str:
                      "(annotation.json), VGGSound (vggsound.csv), a folder of folders (train/<label>/*, val/<label>/*)")
 
 def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, str]],
-               console: Console) -> tuple[list[Clip], list[str], dict[str, tuple[str, ...]]]:
+               console: Console) -> tuple[list[Clip], list[str], dict[str, list[str]]]:
     """Indexes a data set and prints what was found -> usable clips, class names, streams needed by split."""
     root, task, evaluating = settings["data"], settings["task"], "eval" in settings
     if layout == "audioset" and task != "audio_tagging":
@@ -1921,7 +1925,7 @@ def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, s
     parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
     clips = [clip for clip in clips if clip.split in parts]
     # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
-    folder, both, alone = settings.get("teacher_features"), ("audio", "video"), (STUDENT_KIND[task],)
+    folder, both, alone = settings.get("teacher_features"), ["audio", "video"], [STUDENT_KIND[task]]
     needs = {"train": alone if folder else both, "eval": both if layout == "ucf101" and not folder else alone}
     lacking = {clip: "missing: no file with the other stream" for clip in clips
                if not all(getattr(clip, kind) for kind in needs[clip.split])}
@@ -1958,7 +1962,7 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
         dials |= {"student": STUDENT_KIND[settings["task"]], "side": side}
         load, depends = partial(demo_stream, **dials), {"audio": dials, "video": dials}
     store = ClipStore(None if settings["no_cache"] else cache, clips, load, depends, settings["raw_cache"])
-    jobs: list[tuple[int, Sequence[str]]] = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
+    jobs = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
     if store.folder:
         some = store.decode(jobs[::max(1, len(jobs) // 8)], settings["workers"], console.progress("decoding"))
         cache.mkdir(parents=True, exist_ok=True)
@@ -2088,7 +2092,7 @@ def compare(job: Job, methods: list[str], cache: Path, out: Path) -> None:
     if methods != ["student"]:
         other = job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video"))
         teacher, info = embed_clips(other, cache)
-    rows = {"teacher": [info["metrics"]]} if info.get("metrics") else {}
+    rows: dict[str, list[Any]] = {"teacher": [info["metrics"]]} if info.get("metrics") else {}
     for seed in range(settings["seed"], settings["seed"] + settings["seeds"]):
         for method in methods:
             folder = out if len(methods) == settings["seeds"] == 1 else out / f"{method}-s{seed}"
@@ -2125,7 +2129,7 @@ def benchmark(job: Job, method: str) -> None:
     with FlopCounterMode(display=False) as counter:                     # it cannot look into compiled code
         step(*set_up(job._replace(settings={**settings, "compile": False}), method, settings["seed"], teacher)[1:4])
     network, _, helper, optimizer, _ = set_up(job, method, settings["seed"], teacher)
-    rows, marks, timed, begun = [], [0.0], nn.Module(), math.inf
+    rows, marks, timed, begun = list[np.ndarray](), [0.0], nn.Module(), math.inf
     def forward(inputs: Tensor) -> Any:
         marks.append(clock())
         features = network(inputs)
