@@ -23,7 +23,7 @@ The algorithm, numbered as in `train_step`; the teacher is frozen, one embedding
     6. Adam: student at lr, filter at 0.2 lr
 
 Sections: 1 Method, 2 Methods compared with, 3 Networks, 4 Media, 5 Data sets, 6 Demo data, 7 Clip store and views,
-8 Metrics, 9 Training, 10 Teacher, 11 Run support, 12 Arguments and main.
+8 Metrics, 9 Training, 10 Teacher, 11 Predicting and explaining, 12 Run support, 13 Arguments and main.
 Letters: B clips in a batch, K positions of a map, D features, C classes, T frames, N clips.
 """
 from __future__ import annotations
@@ -43,6 +43,8 @@ import shutil
 import signal
 import statistics
 import sys
+import tempfile
+import textwrap
 import time
 import warnings
 import zipfile
@@ -69,8 +71,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # of processes, set by torchrun
 
 class InputError(ValueError):
@@ -1286,6 +1289,11 @@ class Job(NamedTuple):
     spec: ViewSpec               # views of the student's modality or, while a teacher is made, of the teacher's
     console: Console
 
+def view_spec(settings: dict[str, Any]) -> ViewSpec:
+    """What the student gets to see by the settings."""
+    return ViewSpec(STUDENT_KIND[settings["task"]], samples=round(settings["seconds"] * 32000),
+                    **{name: settings[name] for name in ("frames", "size", "crop_area", "flip", "strong")})
+
 @torch.no_grad()
 def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = "test",
             label: str = "evaluation") -> tuple[Tensor, Tensor]:
@@ -1431,6 +1439,7 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
         log.write_text("")
         (out / "last.pt").unlink(missing_ok=True)                       # an older run's must not be taken up later
     save(out / "config.json", about)
+    board = open_board(out, first, console) if settings["tensorboard"] and RANK == 0 else None
     loader = data.loader(data.train, spec, "train", settings, seed, teacher)
     show, steps = console.progress(f"{name} ({spec.kind}), seed {seed}"), len(loader)
     for epoch in range(first, epochs + 1):
@@ -1448,12 +1457,16 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
                    "seconds": round(time.time() - begun, 1)}
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+            for key, value in row.items() if board else []:
+                board.add_scalar(key, value, epoch)
             if name == method:
                 console.say(f"  {name} s{seed}  " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
             if metrics[CHECK_METRIC[task]] > best:
                 best = metrics[CHECK_METRIC[task]]
                 save(out / "best.pt", {**content, "metrics": metrics})
         save(out / "last.pt", {**content, "best": best, "optimizer": optimizer.state_dict()})
+    if board:
+        board.close()
     return network
 
 def train_student(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> dict[str, Any]:
@@ -1607,7 +1620,211 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
         scores, info["scored_by"] = probe(embeddings[shared]), "a linear probe on its embeddings"
     return embeddings, {**info, "metrics": score(settings["task"], scores, data.labels(shared))} if shared else info
 
-# ============================================== 11. Run support
+# ============================================== 11. Predicting and explaining
+def predict_files(settings: dict[str, Any], saved: dict[str, Any]) -> None:
+    """What --predict does: prints the likeliest classes of each file or, with --gallery, the clips nearest to it.
+
+    Raises InputError after the last file if any of them could not be used.
+    """
+    kind, console = saved["network"]["kind"], Console(settings["quiet"] or settings["json"])
+    def listed(paths: Sequence[str]) -> list[str]:
+        found = [file for path in paths for file in (walk_media(path) if os.path.isdir(path) else [path])
+                 if kind == "audio" or not is_sound_only(file) or file in paths]
+        if paths and not found:
+            raise InputError(f"no media file with a {kind} stream under {', '.join(paths)}")
+        return found
+    files, gallery = listed(settings["predict"]), listed([settings["gallery"]] if "gallery" in settings else [])
+    names = saved["classes"] or [f"class {k}" for k in range(saved["network"]["num_classes"])]
+    with tempfile.TemporaryDirectory() as folder:
+        store = open_store("files", settings, Path(settings.get("cache", folder)),
+                           [Clip(file, (0,), "eval", file, file) for file in files + gallery])
+        job = Job(settings, Data(store, names, settings["task"] == "audio_tagging", [], []), view_spec(settings), console)
+        network = restore(job, "checkpoint", saved)
+        jobs = [(i, (kind,)) for i in range(len(store.clips))]
+        reasons = [reason for *_, reason in store.decode(jobs, settings["workers"], console.progress("decoding"))]
+        good = [i for i, reason in enumerate(reasons) if not reason]
+        scores, embeddings = predict(job, network, good, label="predicting") if good else (torch.zeros(0, 0),) * 2
+    if gallery:
+        for reason in filter(None, reasons[len(files):]):
+            console.warn(f"left out of the gallery: {reason}")
+        queries, names = sum(i < len(files) for i in good), [store.clips[i].id for i in good if i >= len(files)]
+        scores = cosine_matrix(embeddings[:queries], embeddings[queries:])
+    rows, results = iter(scores), []
+    for file, reason in zip(files, reasons):
+        order = [] if reason else next(rows).sort(descending=True)
+        top = [{"clip" if gallery else "label": names[k], "score": round(value, 6)} for value, k in
+               zip(*map(Tensor.tolist, order)) if not gallery or os.path.realpath(names[k]) != os.path.realpath(file)]
+        results.append({"file": file, "top": top[:settings["topk"]],
+                        **({"error": reason.removeprefix(f"{file}: ")} if reason else {})})
+    if settings["json"]:
+        print(json.dumps(results, indent=2, ensure_ascii=False))
+    for result in results if not settings["json"] else []:
+        print(result["file"], *([f"  {result['error']}"] if "error" in result else []), sep="\n")
+        print("".join(f"  {entry['score']:.3f}  {entry.get('label', entry.get('clip'))}\n" for entry in result["top"]), end="")
+    if failed := sum("error" in result for result in results):
+        raise InputError(f"{failed} of {len(files)} files could not be used; the checkpoint is one for {kind}")
+
+def heat(values: Tensor) -> Tensor:
+    """Numbers 0..1 (..., H, W) as colours from black over red and yellow to white: (..., 3, H, W) in 0..1."""
+    return (3 * values.unsqueeze(-3) - torch.arange(3.0).view(3, 1, 1)).clamp(0, 1)
+
+def write_text(text: str, width: int) -> Tensor:
+    """Black text on white, wrapped: (3, 28 * lines, width) in 0..1; torchvision's font, twice its size."""
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width // 9, subsequent_indent=" " * 4)]
+    canvas = torch.full((3, 14 * len(lines), width // 2), 255, dtype=torch.uint8)
+    drawn = draw_bounding_boxes(canvas, torch.zeros(1, 4), ["\n".join(lines)], "white", label_colors="black")
+    return F.interpolate(drawn[None] / 255, scale_factor=2)[0]
+
+def pile(*pictures: Tensor) -> Tensor:
+    """Pictures (3, h, w) one below the other on white."""
+    width = max(picture.shape[2] for picture in pictures)
+    return torch.cat([F.pad(picture, (0, width - picture.shape[2], 0, 10), value=1.0) for picture in pictures], dim=1)
+
+def draw_attention(inputs: Tensor, attention: Tensor, width: int = 1056) -> Tensor:
+    """What a student sees of a clip, above the same under the attention (K,) on it: (3, H, width) in 0..1.
+
+    inputs  frames (3, T, S, S) or log-mel (T, 64), as `Prepare` makes them. A square is a position of the student's map;
+            orange has an even share of the attention, black none, white twice that or more.
+    """
+    if inputs.ndim == 4:
+        frames, side = inputs.shape[1:3]
+        pictures = (inputs * Prepare().std + Prepare().mean).transpose(0, 1)
+        weights = attention.view(math.ceil(frames / 8), math.ceil(side / 16), math.ceil(side / 16))
+        size = (width // max(4, min(8, frames)) - 4,) * 2
+    else:                                                               # low pitch below
+        pictures = ((inputs - inputs.min()) / (inputs.max() - inputs.min())).T.flip(0).expand(1, 3, -1, -1)
+        weights, size = attention.view(1, -1, inputs.shape[1] // 16).transpose(1, 2).flip(1), (256, width - 4)
+    weights = F.interpolate((weights * len(attention) / 2).clamp_max(1)[None, None], (len(pictures), *size))[0, 0]
+    pictures = F.interpolate(pictures, size)
+    shaded = 0.4 * pictures.mean(1, keepdim=True) + 0.6 * heat(weights)
+    return pile(*(make_grid(row, min(8, len(row)), pad_value=1.0) for row in (pictures, shaded)))
+
+class Seen(NamedTuple):
+    """What student and filter make of clips."""
+    inputs: Tensor       # (B, ...) of the student
+    features: Features
+    filtered: Filtered
+    ungated: Tensor      # (B, C) the filter's logits when it asks with the teacher as it is
+    similarity: Tensor   # (B, B) cosine of student and purified teacher
+
+@torch.no_grad()
+def look(job: Job, student: nn.Module, noise_filter: ModalityNoiseFilter, teacher: Tensor, clips: Sequence[int]) -> Seen:
+    """Student and filter, in evaluation mode, on the first view of each clip; on the CPU."""
+    device, parts, views = next(student.parameters()).device, [], Views(job.data, job.spec, "val")
+    prepare = Prepare(job.spec.size).to(device)
+    student.eval(), noise_filter.eval()
+    for some in (clips[k:k + 64] for k in range(0, len(clips), 64)):
+        frames, boxes, *_ = join_views([tuple(part[:1] for part in views[i, 0]) for i in some])
+        inputs, embedding = prepare(frames.to(device), boxes.to(device)), teacher[some].to(device)
+        features = student(inputs)
+        filtered, raw = noise_filter(embedding, features.map), noise_filter.adapter(embedding)[:, None]
+        evidence = noise_filter.trans_sv(noise_filter.attn(raw, features.map, features.map)[0][:, 0])
+        parts.append((inputs, *features, *filtered, noise_filter.sv_cls_classifier(evidence)))
+    inputs, *both, ungated = (torch.cat(part).cpu() for part in zip(*parts))
+    features, filtered = Features(*both[:3]), Filtered(*both[3:])
+    return Seen(inputs, features, filtered, ungated, cosine_matrix(features.pooled, filtered.teacher))
+
+def draw_clip(job: Job, seen: Seen, n: int, clip: Clip) -> Tensor:
+    """Clip n of those seen: labels, predictions without and with the gate, its channels, where the attention lies."""
+    data, settings, gate = job.data, job.settings, seen.filtered.gate[n]
+    def top(values: Tensor, names: Sequence[Any], count: int) -> str:
+        best = values.topk(min(count, len(values)))
+        return ", ".join(f"{names[k]:.32} {value:.2f}" for value, k in zip(*map(Tensor.tolist, best)))
+    lines = [f"{clip.id}: {', '.join(data.classes[k] for k in clip.labels)}"]
+    if settings["data"] == "demo":
+        shown, mixed = demo_truth(clip, settings["seed"], settings["noise"], settings["mismatch"])
+        lines.append("its teacher modality holds " + (", ".join(data.classes[k] for k in shown) or "nothing")
+                     + "".join(f"; mixed in: {data.classes[k]}" for k in mixed))
+    for name, logits in (("student", seen.features.logits), ("evidence for the raw teacher", seen.ungated),
+                         ("evidence for the purified teacher", seen.filtered.logits)):
+        scores = logits[n].sigmoid() if data.tags else logits[n].softmax(0)
+        lines.append(f"{name}:  {top(scores, data.classes, 3)}")
+    channels = [str(k) for k in range(len(gate))]
+    lines += [f"similarity of student and purified teacher:  {seen.similarity[n, n]:.2f}",
+              f"gate, {gate.mean():.2f} open on average:  most open channels {top(gate, channels, 4)}",
+              f"most closed channels {top(-gate, channels, 4).replace('-', '')}; all of them, black 0, white 1:"]
+    strip = F.interpolate(heat(gate[None])[None], (24, 1056))[0]
+    views = draw_attention(seen.inputs[n], seen.filtered.attention[n])
+    legend = "above: the view; below: the purified teacher's attention on it, black none, orange an even share, white twice that"
+    return pile(write_text("\n".join(lines), 1056), strip, views, write_text(legend, 1056))
+
+def draw_batch(job: Job, seen: Seen, labels: Tensor, calibrate: bool) -> Tensor:
+    """The batch's matrices side by side: one sees which pairs are softened."""
+    offset, overlap = job.settings["csc_offset"], label_overlap(labels)
+    temperature = seen.similarity.clamp_min(0) * calibrate + offset
+    own, sharing = torch.eye(len(overlap)).bool(), overlap > 0
+    means = [f"{name} {seen.similarity[mask].mean():.2f}" for name, mask in
+             (("own pair", own), ("other pairs that share a label", sharing & ~own), ("the rest", ~sharing))]
+    side = 1056 // 3 - 10
+    panels = [pile(write_text(title, side), F.interpolate(heat(values / most)[None], (side, side))[0])
+              for title, values, most in (("similarity (0 to 1)", seen.similarity.clamp(0, 1), 1),
+                                          (f"temperature (0 to {1 + offset:g})", temperature, 1 + offset),
+                                          ("label overlap (0 to 1)", overlap, 1))]
+    text = (f"{len(overlap)} clips, sorted by class; rows: student, columns: purified teacher; black 0, white the highest\n"
+            f"mean similarity: {'; '.join(means)}\nbright temperature: the pair is softened; dark: it is sharpened")
+    return pile(write_text(text, 1056), torch.cat([F.pad(panel, (0, 10), value=1.0) for panel in panels], dim=2))
+
+def draw_groups(groups: dict[str, Tensor], measures: dict[str, Tensor]) -> tuple[str, Tensor]:
+    """How groups of clips, masks (N,), differ in measures (N,): in words, and the same with histograms (3, H, 1056)."""
+    text, pictures, first = [], [], next(iter(groups.values()))
+    for measure, values in measures.items():
+        low, high = values.min().item(), values.max().item()
+        text.append(f"{measure}, {low:.2f} to {high:.2f}")
+        pictures.append(write_text(text[-1], 1056))
+        for name, mask in groups.items():
+            text.append(f"  {name:18} {int(mask.sum()):>5} clips  {values[mask].mean():.3f} ± {values[mask].std():.3f}")
+            if mask is not first:
+                chance = mean_auc(values[first | mask][:, None], first[first | mask][:, None])
+                text[-1] += f"  lower than one of the first with chance {chance:.2f}"
+            counts = torch.histc(values[mask], 44, low, high)
+            bars = torch.linspace(1, 0, 40)[:, None] >= counts / counts.max()                # black on white
+            bars = F.interpolate(bars.float().expand(1, 3, -1, -1), (40, 1056))[0]
+            pictures += [write_text(text[-1], 1056), bars]
+    return "\n".join(text), pile(*pictures)
+
+def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
+    """What --explain does: a sheet for each of N clips, one of a batch's matrices, one that sets groups of clips apart."""
+    settings, data, spec, console = job
+    source, clips = settings["checkpoint"], data.store.clips
+    if not saved["filter"] or saved["method"] not in ("mnf", "xmkd"):
+        raise InputError(f"--checkpoint {source} is of method {saved['method']}, without a filter; give one of xmkd or mnf")
+    student = restore(job, "checkpoint", saved)
+    teacher, _ = embed_clips(job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video")), cache)
+    noise_filter: Any = make_distiller(job, saved["method"], teacher)
+    try:
+        noise_filter.load_state_dict(saved["filter"])
+    except RuntimeError as error:
+        raise InputError(f"the filter in {source} does not fit embeddings of {teacher.shape[1]} numbers; give --teacher or "
+                         "--teacher-features as it was trained with") from error
+    see = partial(look, job, student, noise_filter.to(settings["device"]), teacher)
+    usable = [i for i in data.eval if teacher[i].any()]                 # the others have no file with the teacher's stream
+    if not usable:
+        raise InputError(f"no evaluation clip of {settings['data']} has the teacher's modality; there is nothing to draw")
+    def some(chosen: Sequence[int], most: int) -> list[int]:
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:most]
+        return [chosen[k] for k in order.sort().values]
+    folder = out / "explain"
+    folder.mkdir(exist_ok=True)
+    drawn, batch = some(usable, settings["explain"]), sorted(some(usable, 32), key=lambda i: clips[i].labels)
+    seen = see(drawn)
+    for n, i in enumerate(drawn):
+        save_image(draw_clip(job, seen, n, clips[i]), folder / f"clip-{clips[i].id.replace('/', '_')}.png")
+    save_image(draw_batch(job, see(batch), data.labels(batch), saved["method"] == "xmkd"), folder / "batch.png")
+    many = some(data.train, 500) + some(usable, 500)
+    train = torch.tensor([clips[i].split == "train" for i in many])
+    groups = {"training clips": train, "evaluation clips": ~train}
+    if settings["data"] == "demo":                                      # which knows the truth
+        truth = [demo_truth(clips[i], settings["seed"], settings["noise"], settings["mismatch"]) for i in many]
+        matched = torch.tensor([shown == [*clips[i].labels] for i, (shown, _) in zip(many, truth)])
+        noisy = torch.tensor([bool(mixed) for _, mixed in truth])
+        groups = {"matched and clean": matched & ~noisy, "matched and noisy": matched & noisy, "mismatched": ~matched}
+    seen = see(many)
+    table, picture = draw_groups({name: mask for name, mask in groups.items() if mask.any()}, {
+        "openness of the gate": seen.filtered.gate.mean(1), "similarity of student and teacher": seen.similarity.diag()})
+    save_image(picture, folder / "groups.png")
+    console.say(f"{table}\n{len(drawn)} sheets of clips, batch.png and groups.png are in {folder}")
+
+# ============================================== 12. Run support
 class Console:
     """Lines for people. Progress rewrites one line on a terminal, is a line every 20 s elsewhere; `quiet` mutes both."""
     def __init__(self, quiet: bool = False) -> None:
@@ -1636,6 +1853,15 @@ class Console:
                 print(f"{self.clear}  {label}: {done:,} of {total:,} ({done / total:.0%}), {left // 60} min "
                       f"{left % 60:02} s left", end="" if self.terminal else "\n", flush=True)
         return show
+
+def open_board(folder: Path, first: int, console: Console) -> Any:
+    """A TensorBoard writer for the epochs from `first` on; None, with a warning, where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        console.warn(f"no curves: {error}; pip install tensorboard; the numbers are in {folder / 'log.jsonl'} anyway")
+        return None
+    return SummaryWriter(str(folder), purge_step=first)  # type: ignore[no-untyped-call]
 
 def write(path: Path, content: Any) -> None:
     """JSON, for .npy an array, for .pt tensors and plain Python; written beside, flushed, renamed: never half a file.
@@ -1789,7 +2015,7 @@ def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits that change when any of the parts does."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# ============================================== 12. Arguments and main
+# ============================================== 13. Arguments and main
 def number(kind: type, low: float, high: float) -> Callable[[str], Any]:
     """An argparse type: a number from low to high."""
     def parse(text: str) -> Any:
@@ -1841,6 +2067,16 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
         ("lr", 3e-4, number(float, 0, 10), "Adam's rate for the student, a fifth of it for the filter (authors)"),
         ("weight-decay", 5e-4, SHARE, "Adam's coupled L2 (authors)"),
         ("eval-every", 5, COUNT, "epochs between evaluations (authors)")],
+    "instead of training": [
+        ("eval", None, str, "a checkpoint to evaluate: ours, the authors' or PANNs'"),
+        ("predict", None, {"nargs": "+", "metavar": "FILE"}, "media files or folders of them: prints the likeliest "
+         "classes; needs --checkpoint"),
+        ("gallery", None, str, "with --predict: a folder of media, whose clips nearest to each file are printed"),
+        ("topk", 5, COUNT, "with --predict: how many classes or clips a file"),
+        ("json", False, {"action": "store_true"}, "with --predict: prints JSON"),
+        ("explain", None, COUNT, "draw what filter and calibration do to so many clips; needs --checkpoint"),
+        ("checkpoint", None, str, "the checkpoint that --predict and --explain use, as for --eval"),
+        ("benchmark", False, {"action": "store_true"}, "measure loader and training step at the given sizes")],
     "run": [
         ("seed", 3, number(int, 0, 10 ** 6), "first seed (authors)"),
         ("seeds", 1, COUNT, "how many seeds to run, counted up from --seed"),
@@ -1848,14 +2084,13 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
         ("cache", None, str, "folder of decoded clips and teachers, may be shared by runs (default: <out>/cache)"),
         ("raw-cache", False, FLAG, "keep frames as they are, not as JPEG: 12 times the space, faster, no loss"),
         ("no-cache", False, {"action": "store_true"}, "keep no decoded clip, decode it again for every view"),
-        ("eval", None, str, "a checkpoint to evaluate instead of training: ours, the authors' or PANNs'"),
-        ("benchmark", False, {"action": "store_true"}, "measure loader and training step at the given sizes instead"),
         ("resume", False, {"action": "store_true"}, "go on from <out>/last.pt if there is one"),
         ("workers", min(8, (os.cpu_count() or 2) // 2), number(int, 0, 256), "loader processes"),
         ("device", "auto", str, "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one"),
         ("amp", "auto", ["auto", "bf16", "none"], "precision of the networks only; auto: bf16 on a GPU with it"),
         ("deterministic", False, FLAG, "the same numbers from every run on one GPU, slower; on a CPU they are anyway"),
         ("compile", False, FLAG, "torch.compile the networks: slow to start, faster from then on"),
+        ("tensorboard", False, FLAG, "curves for TensorBoard in the run folder, if that is installed"),
         ("quiet", False, {"action": "store_true"}, "print warnings and errors only")]}
 DEFAULTS = {name.replace("-", "_"): value for name, value, *_ in itertools.chain(*OPTIONS.values()) if value is not None}
 RECIPES: dict[str, dict[str, Any]] = {                                  # what a data set's own defaults change
@@ -1864,8 +2099,9 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # what a
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},               # authors
     "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
              "crop_area": 0.7, "csc_offset": 0.3}}
-RUN_OPTIONS = {"out", "cache", "eval", "resume", "workers", "device", "quiet", "compare", "method",
-               "seeds", "seed", "epochs", "max_skipped", "compile", "benchmark"}      # may differ on --resume
+RUN_OPTIONS = {"out", "cache", "resume", "workers", "device", "quiet", "compare", "method", "seeds", "seed", "epochs",
+               "max_skipped", "compile", "tensorboard",
+               *(name for name, *_ in OPTIONS["instead of training"])}                   # may differ on --resume
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options not given are absent: the checkpoint's or the data set's recipe fills them in."""
@@ -1944,6 +2180,18 @@ def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, s
         raise InputError(f"the {empty[0]} split of {root} is empty: no listed clip of it has its files{why}")
     return clips, classes, needs
 
+def open_store(layout: str, settings: dict[str, Any], cache: Path | None, clips: list[Clip]) -> ClipStore:
+    """The clips' streams as the settings ask for them."""
+    side = round(settings["size"] * 128 / 112)                          # 112 is cropped from a shorter side of 128
+    planes = cache is not None and not settings["raw_cache"]
+    load: Any = partial(load_stream, fps=settings["fps"], size=side, planes=planes)
+    depends: dict[str, Any] = {"audio": [], "video": [settings["fps"], side]}
+    if layout == "demo":
+        dials = {name: settings[name] for name in ("seed", "noise", "mismatch", "fps")}
+        dials |= {"student": STUDENT_KIND[settings["task"]], "side": side}
+        load, depends = partial(demo_stream, **dials), {"audio": dials, "video": dials}
+    return ClipStore(cache, clips, load, depends, settings["raw_cache"])
+
 def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, console: Console) -> Data:
     """Indexes a data set, decodes it, writes skipped.csv; fits settings["seconds"] to the clips. Raises InputError."""
     skipped: list[tuple[str, str]] = []
@@ -1953,16 +2201,8 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     finally:
         gc.enable()
     gc.freeze()                                                         # and not copied into the loader's processes
-    side = round(settings["size"] * 128 / 112)                          # 112 is cropped from a shorter side of 128
-    planes = not (settings["raw_cache"] or settings["no_cache"])
-    load: Any = partial(load_stream, fps=settings["fps"], size=side, planes=planes)
-    depends: dict[str, Any] = {"audio": [], "video": [settings["fps"], side]}
-    if layout == "demo":
-        dials = {name: settings[name] for name in ("seed", "noise", "mismatch", "fps")}
-        dials |= {"student": STUDENT_KIND[settings["task"]], "side": side}
-        load, depends = partial(demo_stream, **dials), {"audio": dials, "video": dials}
-    store = ClipStore(None if settings["no_cache"] else cache, clips, load, depends, settings["raw_cache"])
-    jobs = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
+    store = open_store(layout, settings, None if settings["no_cache"] else cache, clips)
+    jobs: list[tuple[int, Sequence[str]]] = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
     if store.folder:
         some = store.decode(jobs[::max(1, len(jobs) // 8)], settings["workers"], console.progress("decoding"))
         cache.mkdir(parents=True, exist_ok=True)
@@ -2012,20 +2252,26 @@ def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> No
         console.say(f"{method:10}" + "".join(f"{cell:>16}" for cell in cells))
 
 def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
-    """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint of --eval."""
-    training = ("compare", "method", "resume", "teacher", "benchmark")
+    """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint, if any."""
+    modes = ("eval", "predict", "explain", "benchmark")
     for first, other in [("method", "compare"), ("teacher", "teacher_features"), ("benchmark", "compare"),
-                         *(("eval", name) for name in training)]:
+                         ("eval", "checkpoint"), ("eval", "teacher"), ("predict", "teacher"), *itertools.combinations(modes, 2),
+                         *itertools.product(modes[:3], ("compare", "method", "resume"))]:
         if first in given and other in given:
             raise InputError(f"--{first} and --{other} exclude each other; give one".replace("_", "-"))
+    for one, others in [("checkpoint", ("predict", "explain")), ("predict", ("checkpoint",)), ("explain", ("checkpoint",)),
+                        ("gallery", ("predict",)), ("json", ("predict",)), ("topk", ("predict",))]:
+        if one in given and not any(other in given for other in others):
+            raise InputError(f"--{one} needs --{' or --'.join(others)}")
     inherited = {name: value for name, value in saved.get("settings", {}).items()
                  if name not in RUN_OPTIONS - {"seed"} | {"amp"}}
     if saved:                                                           # a recognition student serves retrieval too
         tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
         inherited["task"] = given.get("task", saved["task"] or tasks[0])
         if "task" in given and given["task"] not in tasks:
-            raise InputError(f"--eval {given['eval']} is a checkpoint of --task {tasks[0]}, not of {given['task']}")
-    layout = find_layout(given.get("data", inherited.get("data", "demo")))
+            option = "eval" if "eval" in given else "checkpoint"
+            raise InputError(f"--{option} {given[option]} is a checkpoint of --task {tasks[0]}, not of {given['task']}")
+    layout = "files" if "predict" in given else find_layout(given.get("data", inherited.get("data", "demo")))
     settings = {**DEFAULTS, **RECIPES.get(layout, {}), **inherited, **given}
     file = annotation_file(settings["data"]) if layout in ("annotation", "activitynet") else None
     if str(file).endswith("annotation.json") and not saved and "teacher" not in given:
@@ -2048,8 +2294,8 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     settings.setdefault("class_balanced", layout == "audioset" and settings["split"] != "balanced")
     if settings["mixup"] and settings["task"] != "audio_tagging":
         raise InputError(f"--mixup mixes tags, and --task {settings['task']} has one label a clip; leave it out")
-    if settings["benchmark"] and WORLD > 1:
-        raise InputError("--benchmark measures one process; start it without torchrun")
+    if WORLD > 1 and (alone := next((mode for mode in modes[1:] if settings.get(mode)), None)):
+        raise InputError(f"--{alone} is for one process; start it without torchrun")
     if settings["batch_size"] % WORLD and not saved:
         raise InputError(f"--batch-size {settings['batch_size']} is not a multiple of the {WORLD} processes; make it one")
     both = layout == "demo" and "method" not in given and not settings["benchmark"]
@@ -2157,12 +2403,16 @@ def benchmark(job: Job, method: str) -> None:
 
 def run(given: dict[str, Any]) -> None:
     """What `main` does with the options given on the command line."""
-    saved = load_checkpoint(given["eval"]) if "eval" in given else {}
+    checkpoint = given.get("eval", given.get("checkpoint"))
+    saved = load_checkpoint(checkpoint) if checkpoint else {}
     layout, methods, settings = settle(given, saved)
-    label = "eval" if saved else "benchmark" if settings["benchmark"] else methods[0] if len(methods) == 1 else "compare"
+    if "predict" in settings:
+        return predict_files(settings, saved)
+    mode = next((mode for mode in ("eval", "explain", "benchmark") if settings.get(mode)), "train")
+    label = mode if mode != "train" else methods[0] if len(methods) == 1 else "compare"
     source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
     out = Path(settings.get("out", f"runs/{settings['task']}-{source}-{label}-s{settings['seed']}"))
-    near = [folder / "cache" for folder in Path(given.get("eval", "")).absolute().parents[:2]] if saved else []
+    near = [folder / "cache" for folder in Path(checkpoint).absolute().parents[:2]] if checkpoint else []
     cache = Path(settings.get("cache", next((folder for folder in near if folder.exists()), out / "cache")))
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:                             # free again when the process ends
@@ -2179,13 +2429,13 @@ def run(given: dict[str, Any]) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # which that asks for
         console = Console(settings["quiet"])
         data = open_data(layout, settings, cache, out, console)         # before the next line: it fits `seconds`
-        spec = ViewSpec(STUDENT_KIND[settings["task"]], samples=round(settings["seconds"] * 32000),
-                        **{name: settings[name] for name in ("frames", "size", "crop_area", "flip", "strong")})
-        job = Job(settings, data, spec, console)
-        if settings["benchmark"]:
+        job = Job(settings, data, view_spec(settings), console)
+        if mode == "benchmark":
             benchmark(job, methods[0])
-        elif saved:
+        elif mode == "eval":
             evaluate(job, saved, out)
+        elif mode == "explain":
+            explain(job, saved, cache, out)
         else:
             compare(job, methods, cache, out)
 
