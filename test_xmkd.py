@@ -1689,6 +1689,170 @@ sys.exit(xmkd.main())
     assert not [*tmp_path.rglob("*.part")] and not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, media):
+    """Folders of one run of xmkd on the media and one on the demo, whose students see video, with their caches."""
+    root = tmp_path_factory.mktemp("trained")
+    common = [*TINY, "--task", "video_retrieval", "--teacher", "scratch"]
+    assert xmkd.main([*common, "--data", str(media), "--out", str(root / "media")]) == 0
+    assert xmkd.main([*common, "--method", "xmkd", "--frames", "2", "--out", str(root / "demo")]) == 0
+    return root
+
+
+def test_predict_gives_the_scores_of_an_evaluation_file_by_file(trained, media, capsys):
+    files, checkpoint = sorted(map(str, media.glob("val/*/*.mp4"))), str(trained / "media" / "best.pt")
+    assert xmkd.main(["--predict", str(media / "val"), "--checkpoint", checkpoint, "--json", "--workers", "0"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    saved = xmkd.load_checkpoint(checkpoint)
+    layout, _, settings = xmkd.settle({"eval": checkpoint, "workers": 0, "quiet": True}, saved)
+    data = xmkd.open_data(layout, settings, trained / "media" / "cache", trained, xmkd.Console(quiet=True))
+    job = xmkd.Job(settings, data, xmkd.view_spec(settings), xmkd.Console(quiet=True))
+    scores, _ = xmkd.predict(job, xmkd.restore(job, "eval", saved), data.eval)
+    expected = {data.store.clips[i].video: dict(zip(data.classes, row.tolist())) for i, row in zip(data.eval, scores)}
+    assert [r["file"] for r in results] == files and expected.keys() == set(files)
+    for result in results:
+        assert list(result["top"].values()) == sorted(result["top"].values(), reverse=True)
+        assert result["top"] == pytest.approx(expected[result["file"]], abs=2e-6)
+
+
+def test_predict_says_which_file_lacks_the_stream_and_names_the_others_tags(trained, media, tmp_path, capsys):
+    sound, odd = tmp_path / "sound only.wav", tmp_path / "-a clip with spaces.mp4"
+    encode(sound, video=False)
+    shutil.copy(media / "val" / "low" / "0.mp4", odd)
+    command = ["--checkpoint", str(trained / "media" / "best.pt"), "--workers", "0", "--topk", "1"]
+    assert xmkd.main(["--predict", str(odd), str(sound), "nowhere.mp4", *command]) == 2
+    printed = capsys.readouterr()
+    lines = printed.out.splitlines()
+    assert re.fullmatch(r"  (0\.[5-9]\d\d|1\.000)  (high|low)", lines[lines.index(str(odd)) + 1])             # of two classes the likelier
+    assert lines[lines.index(str(sound)) + 1] == "  no video stream" and "  no such file" in lines[-1]
+    assert printed.err == "error: 2 of 3 files could not be used; the checkpoint is one for video\n"
+    assert xmkd.main(["--predict", str(tmp_path), *command]) == 0                               # a folder: what has the stream
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("/")] == [str(odd)]
+
+
+def test_the_gallery_ranks_its_clips_and_leaves_the_file_itself_out(trained, media, capsys):
+    file = media / "val" / "low" / "1.mp4"
+    assert xmkd.main(["--predict", str(file), "--gallery", str(media / "val"), "--checkpoint", str(trained / "media" / "best.pt"), "--json", "--topk", "50", "--workers", "0"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert set(result["top"]) == {str(p) for p in media.glob("val/*/*.mp4")} - {str(file)}
+    scores = list(result["top"].values())
+    assert scores == sorted(scores, reverse=True) and 0.9 < scores[0] <= 1
+    assert xmkd.main(["--predict", str(file), "--gallery", str(media / "train" / "low" / "broken.mp4"), "--checkpoint", str(trained / "media" / "best.pt"), "--workers", "0"]) == 0
+    assert "left out of the gallery: " in capsys.readouterr().err
+
+
+def test_long_files_are_scored_in_windows_and_averaged(trained, media, tmp_path, capsys):
+    encode(tmp_path / "long.mp4", seconds=9.0, tone=500.0, fps=8)
+    checkpoint = str(trained / "media" / "best.pt")
+    saved = xmkd.load_checkpoint(checkpoint)
+    settings = saved["settings"]
+    frames = xmkd.decode_video(tmp_path / "long.mp4", fps=settings["fps"], size=round(settings["size"] * 128 / 112))
+    windows = xmkd.sliding_windows(len(frames), settings["frames"], settings["frames"])
+    assert len(windows) > 4
+    network = xmkd.make_network(**saved["network"])
+    network.load_state_dict(saved["student"])
+    side = frames.shape[-2]
+    x = (frames.shape[-1] - side) / 2
+    prepare = xmkd.Prepare(settings["size"])
+    box = torch.tensor([[x, 0.0, x + side, side]])
+    stream = xmkd.pack_frames(frames)
+    with torch.no_grad():
+        each = [network.eval()(prepare(xmkd.read_frames(stream, w)[None], box)).logits.softmax(1)[0] for w in windows]
+    assert xmkd.main(["--predict", str(tmp_path / "long.mp4"), "--checkpoint", checkpoint, "--json", "--workers", "0"]) == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["top"] == pytest.approx(dict(zip(["high", "low"], torch.stack(each).mean(0).tolist())), abs=2e-6)
+
+
+@pytest.mark.parametrize("data", ["demo", "media"])
+def test_explain_draws_clips_batch_and_groups(trained, tmp_path, capsys, data):
+    folder = tmp_path / "run"
+    shutil.copytree(trained / data, folder)
+    weights = (folder / "best.pt").read_bytes()
+    capsys.readouterr()
+    assert xmkd.main(["--explain", "2", "--checkpoint", str(folder / "best.pt"), "--out", str(folder), "--workers", "0"]) == 0
+    printed = capsys.readouterr().out
+    sheets = sorted((folder / "explain").glob("*.png"))
+    assert [s.name for s in sheets][:1] == ["batch.png"] and len(sheets) == 4 and sum(s.name.startswith("clip-") for s in sheets) == 2
+    for sheet in sheets:
+        with av.open(str(sheet)) as container:
+            picture = next(container.decode(video=0)).to_ndarray(format="rgb24")
+        assert 900 < picture.shape[1] <= 1056 and picture.std() > 20                            # not blank
+    names = ("matched and clean", "matched and noisy", "mismatched") if data == "demo" else ("training clips", "evaluation clips")
+    counts = [list(map(int, re.findall(rf"{name} +(\d+) clips", printed))) for name in names]
+    assert all(len(c) == 2 and c[0] == c[1] for c in counts) and sum(c[0] for c in counts) == (720 if data == "demo" else 22)
+    assert (folder / "best.pt").read_bytes() == weights
+
+
+def test_attention_lands_on_the_position_that_it_is_for():
+    frames = torch.zeros(3, 16, 112, 112)                                                       # 2 x 7 x 7 positions
+    attention = torch.zeros(98)
+    attention[49 + 2 * 7 + 5] = 1.0                                                             # second half, row 2, column 5
+    picture = xmkd.draw_attention(frames, attention)
+    shaded = picture[:, picture.shape[1] // 2:, :1054].mean(0)                                  # two rows of eight frames of 128 pixels
+    lit = ((shaded > 0.6) & (shaded < 0.95)).nonzero()
+    y, x = (lit[:, 0] - 132) % 130, lit[:, 1] % 130
+    assert lit[:, 0].min() > 130 and len(lit) > 8 * 15 * 15
+    assert (y.median() / 130).item() == pytest.approx(2.5 / 7, abs=0.08) and (x.median() / 130).item() == pytest.approx(5.5 / 7, abs=0.05)
+    logmel, attention = torch.rand(101, 64), torch.zeros(24)                                    # 6 x 4 positions
+    attention[4 * 4 + 3] = 1.0                                                                  # fifth of six times, highest of four pitches
+    picture = xmkd.draw_attention(logmel, attention)
+    shaded = picture[:, picture.shape[1] // 2:].mean(0)
+    y, x = (shaded == shaded[shaded < 1].max()).nonzero().float().mean(0).tolist()
+    assert y / shaded.shape[0] < 0.3 and x / shaded.shape[1] == pytest.approx(4.5 / 6, abs=0.09)
+
+
+def test_a_checkpoint_without_a_filter_or_with_another_teacher_is_not_explained(trained, tmp_path, capsys):
+    saved = torch.load(trained / "demo" / "best.pt", weights_only=True)
+    torch.save({**saved, "method": "student", "filter": {}}, tmp_path / "student.pt")
+    assert xmkd.main(["--explain", "1", "--checkpoint", str(tmp_path / "student.pt"), "--cache", str(trained / "demo" / "cache"), "--out", str(tmp_path / "a"), "--workers", "0"]) == 2
+    assert "is of student, without a filter; give one of xmkd or mnf" in capsys.readouterr().err
+    wide = {key: F.pad(value, (0, 3)) if value.ndim == 2 else value for key, value in saved["filter"].items()}
+    torch.save({**saved, "filter": wide}, tmp_path / "wide.pt")
+    assert xmkd.main(["--explain", "1", "--checkpoint", str(tmp_path / "wide.pt"), "--cache", str(trained / "demo" / "cache"), "--out", str(tmp_path / "a"), "--workers", "0"]) == 2
+    assert "does not fit embeddings of" in capsys.readouterr().err
+
+
+def test_groups_tell_how_often_one_of_the_first_is_higher():
+    first = torch.tensor([True, True, False, False])
+    text, picture = xmkd.draw_groups({"one": first, "other": ~first}, {"size": torch.tensor([3.0, 1.0, 2.0, 0.0])})
+    assert "other                  2 clips  1.000 ± 1.414  lower than one of the first with chance 0.75" in text
+    assert picture.shape[0] == 3 and picture.min() == 0 and picture.max() == 1
+
+
+def test_curves_for_tensorboard_are_those_of_the_log_and_not_needed(tmp_path, media, monkeypatch, capsys):
+    drawn = []
+    class Board:
+        def __init__(self, folder, purge_step): drawn.append((folder, purge_step))
+        def add_scalar(self, *point): drawn.append(point)
+        def close(self): drawn.append("closed")
+    class Module:
+        SummaryWriter = Board
+    command = [*TINY, "--data", str(media), "--method", "student", "--tensorboard", "--cache", str(media.parent / "cache")]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Module)
+    assert xmkd.main([*command, "--out", str(tmp_path / "a")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert drawn == [(str(tmp_path / "a"), 1), *((k, v, row["epoch"]) for row in rows for k, v in row.items()), "closed"]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)                           # not installed
+    assert xmkd.main([*command, "--out", str(tmp_path / "b")]) == 0
+    assert "warning: no curves: " in capsys.readouterr().err and (tmp_path / "b" / "best.pt").exists()
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("--predict a.mp4", "--predict needs --checkpoint"), ("--explain 3", "--explain needs --checkpoint"),
+    ("--checkpoint best.pt", "--checkpoint needs --predict or --explain"), ("--json", "--json needs --predict"),
+    ("--gallery . --explain 2 --checkpoint {}", "--gallery needs --predict"),
+    ("--predict a.mp4 --explain 2 --checkpoint {}", "--predict and --explain exclude each other"),
+    ("--predict a.mp4 --checkpoint {} --resume", "--predict and --resume exclude each other"),
+    ("--predict a.mp4 --checkpoint {} --task audio_tagging", "is a checkpoint of --task action_recognition, not of audio_tagging"),
+    ("--predict /etc --checkpoint {}", "no media file with a video stream under /etc")])
+def test_modes_that_make_no_sense_are_refused(trained, capsys, monkeypatch, tmp_path, arguments, says):
+    path = tmp_path / "best.pt"
+    shutil.copy(trained / "media" / "best.pt", path)
+    monkeypatch.chdir(tmp_path)
+    assert xmkd.main(arguments.format(path).split()) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_benchmark_prints_loader_step_and_epoch(tmp_path, capsys):
     assert xmkd.main(["--benchmark", "--task", "action_recognition", "--width", "2", "--workers", "0", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

@@ -1217,7 +1217,8 @@ def at_least(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
 
 def by_class(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Of each class the rising scores, of all items and of its positives; scores, labels 0/1 (N, C)."""
-    for column, positive in zip(torch.as_tensor(scores).cpu().numpy().T, torch.as_tensor(labels).cpu().numpy().T > 0):
+    columns = torch.as_tensor(scores).cpu().numpy().T, torch.as_tensor(labels).cpu().numpy().T > 0
+    for column, positive in zip(*columns, strict=True):
         yield np.sort(column), np.sort(column[positive])
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
@@ -1439,7 +1440,7 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
         log.write_text("")
         (out / "last.pt").unlink(missing_ok=True)                       # an older run's must not be taken up later
     save(out / "config.json", about)
-    board = open_board(out, first, console) if settings["tensorboard"] and RANK == 0 else None
+    board: Any = open_board(out, first, console) if settings["tensorboard"] and RANK == 0 else None
     loader = data.loader(data.train, spec, "train", settings, seed, teacher)
     show, steps = console.progress(f"{name} ({spec.kind}), seed {seed}"), len(loader)
     for epoch in range(first, epochs + 1):
@@ -1651,16 +1652,15 @@ def predict_files(settings: dict[str, Any], saved: dict[str, Any]) -> None:
         scores = cosine_matrix(embeddings[:queries], embeddings[queries:])
     rows, results = iter(scores), []
     for file, reason in zip(files, reasons):
-        order = [] if reason else next(rows).sort(descending=True)
-        top = [{"clip" if gallery else "label": names[k], "score": round(value, 6)} for value, k in
-               zip(*map(Tensor.tolist, order)) if not gallery or os.path.realpath(names[k]) != os.path.realpath(file)]
-        results.append({"file": file, "top": top[:settings["topk"]],
-                        **({"error": reason.removeprefix(f"{file}: ")} if reason else {})})
+        order = zip(*map(Tensor.tolist, next(rows).sort(descending=True))) if not reason else []
+        top = [(names[k], round(value, 6)) for value, k in order
+               if not gallery or os.path.realpath(names[k]) != os.path.realpath(file)][:settings["topk"]]
+        error = [reason.removeprefix(f"{file}: ")] if reason else []
+        results.append({"file": file, **({"error": error[0]} if error else {"top": dict(top)})})
+        if not settings["json"]:
+            print(file, *(f"  {line}" for line in error), *(f"  {value:.3f}  {name}" for name, value in top), sep="\n")
     if settings["json"]:
         print(json.dumps(results, indent=2, ensure_ascii=False))
-    for result in results if not settings["json"] else []:
-        print(result["file"], *([f"  {result['error']}"] if "error" in result else []), sep="\n")
-        print("".join(f"  {entry['score']:.3f}  {entry.get('label', entry.get('clip'))}\n" for entry in result["top"]), end="")
     if failed := sum("error" in result for result in results):
         raise InputError(f"{failed} of {len(files)} files could not be used; the checkpoint is one for {kind}")
 
@@ -1745,7 +1745,7 @@ def draw_clip(job: Job, seen: Seen, n: int, clip: Clip) -> Tensor:
               f"most closed channels {top(-gate, channels, 4).replace('-', '')}; all of them, black 0, white 1:"]
     strip = F.interpolate(heat(gate[None])[None], (24, 1056))[0]
     views = draw_attention(seen.inputs[n], seen.filtered.attention[n])
-    legend = "above: the view; below: the purified teacher's attention on it, black none, orange an even share, white twice that"
+    legend = "above: the view; below: the purified teacher's attention; black none, orange an even share, white twice it"
     return pile(write_text("\n".join(lines), 1056), strip, views, write_text(legend, 1056))
 
 def draw_batch(job: Job, seen: Seen, labels: Tensor, calibrate: bool) -> Tensor:
@@ -1760,7 +1760,7 @@ def draw_batch(job: Job, seen: Seen, labels: Tensor, calibrate: bool) -> Tensor:
               for title, values, most in (("similarity (0 to 1)", seen.similarity.clamp(0, 1), 1),
                                           (f"temperature (0 to {1 + offset:g})", temperature, 1 + offset),
                                           ("label overlap (0 to 1)", overlap, 1))]
-    text = (f"{len(overlap)} clips, sorted by class; rows: student, columns: purified teacher; black 0, white the highest\n"
+    text = (f"{len(overlap)} clips sorted by class; rows: student, columns: purified teacher; black 0, white highest\n"
             f"mean similarity: {'; '.join(means)}\nbright temperature: the pair is softened; dark: it is sharpened")
     return pile(write_text(text, 1056), torch.cat([F.pad(panel, (0, 10), value=1.0) for panel in panels], dim=2))
 
@@ -1783,21 +1783,21 @@ def draw_groups(groups: dict[str, Tensor], measures: dict[str, Tensor]) -> tuple
     return "\n".join(text), pile(*pictures)
 
 def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
-    """What --explain does: a sheet for each of N clips, one of a batch's matrices, one that sets groups of clips apart."""
+    """What --explain does: a sheet for each of N clips, one of a batch's matrices, one that compares groups of clips."""
     settings, data, spec, console = job
     source, clips = settings["checkpoint"], data.store.clips
     if not saved["filter"] or saved["method"] not in ("mnf", "xmkd"):
-        raise InputError(f"--checkpoint {source} is of method {saved['method']}, without a filter; give one of xmkd or mnf")
+        raise InputError(f"--checkpoint {source} is of {saved['method']}, without a filter; give one of xmkd or mnf")
     student = restore(job, "checkpoint", saved)
     teacher, _ = embed_clips(job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video")), cache)
     noise_filter: Any = make_distiller(job, saved["method"], teacher)
     try:
         noise_filter.load_state_dict(saved["filter"])
     except RuntimeError as error:
-        raise InputError(f"the filter in {source} does not fit embeddings of {teacher.shape[1]} numbers; give --teacher or "
-                         "--teacher-features as it was trained with") from error
+        raise InputError(f"the filter in {source} does not fit embeddings of {teacher.shape[1]} numbers; give --teacher "
+                         "or --teacher-features as it was trained with") from error
     see = partial(look, job, student, noise_filter.to(settings["device"]), teacher)
-    usable = [i for i in data.eval if teacher[i].any()]                 # the others have no file with the teacher's stream
+    usable = [i for i in data.eval if teacher[i].any()]                 # the others lack the teacher's modality
     if not usable:
         raise InputError(f"no evaluation clip of {settings['data']} has the teacher's modality; there is nothing to draw")
     def some(chosen: Sequence[int], most: int) -> list[int]:
@@ -1861,7 +1861,7 @@ def open_board(folder: Path, first: int, console: Console) -> Any:
     except ImportError as error:
         console.warn(f"no curves: {error}; pip install tensorboard; the numbers are in {folder / 'log.jsonl'} anyway")
         return None
-    return SummaryWriter(str(folder), purge_step=first)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder), purge_step=first)
 
 def write(path: Path, content: Any) -> None:
     """JSON, for .npy an array, for .pt tensors and plain Python; written beside, flushed, renamed: never half a file.
@@ -2255,13 +2255,14 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint, if any."""
     modes = ("eval", "predict", "explain", "benchmark")
     for first, other in [("method", "compare"), ("teacher", "teacher_features"), ("benchmark", "compare"),
-                         ("eval", "checkpoint"), ("eval", "teacher"), ("predict", "teacher"), *itertools.combinations(modes, 2),
+                         ("eval", "checkpoint"), ("eval", "teacher"), ("predict", "teacher"),
+                         *itertools.combinations(modes, 2),
                          *itertools.product(modes[:3], ("compare", "method", "resume"))]:
         if first in given and other in given:
             raise InputError(f"--{first} and --{other} exclude each other; give one".replace("_", "-"))
-    for one, others in [("checkpoint", ("predict", "explain")), ("predict", ("checkpoint",)), ("explain", ("checkpoint",)),
-                        ("gallery", ("predict",)), ("json", ("predict",)), ("topk", ("predict",))]:
-        if one in given and not any(other in given for other in others):
+    for one, others in {"checkpoint": ("predict", "explain"), "predict": ("checkpoint",), "explain": ("checkpoint",),
+                        "gallery": ("predict",), "json": ("predict",), "topk": ("predict",)}.items():
+        if one in given and not given.keys() & {*others}:
             raise InputError(f"--{one} needs --{' or --'.join(others)}")
     inherited = {name: value for name, value in saved.get("settings", {}).items()
                  if name not in RUN_OPTIONS - {"seed"} | {"amp"}}
@@ -2407,7 +2408,8 @@ def run(given: dict[str, Any]) -> None:
     saved = load_checkpoint(checkpoint) if checkpoint else {}
     layout, methods, settings = settle(given, saved)
     if "predict" in settings:
-        return predict_files(settings, saved)
+        predict_files(settings, saved)
+        return
     mode = next((mode for mode in ("eval", "explain", "benchmark") if settings.get(mode)), "train")
     label = mode if mode != "train" else methods[0] if len(methods) == 1 else "compare"
     source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
