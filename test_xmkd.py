@@ -2133,9 +2133,48 @@ BANNERS = [i for i, line in enumerate((HERE / "xmkd.py").read_text().splitlines(
 PROMISED = [name for name, node in DEFINITIONS.items() if sum(b < node.lineno for b in BANNERS) in (1, 2, 3, 4, 5, 8)]      # README, "Take one function"
 
 
-@pytest.mark.parametrize("name", [*PROMISED, "load_checkpoint", "even_windows", "sliding_windows"])
-def test_public_functions_need_only_the_imports_and_what_they_call(name):
-    needed, queue = [], [name]
+def media_clip(tmp_path):
+    encode(tmp_path / "clip.mp4", seconds=1.0)
+    return str(tmp_path / "clip.mp4")
+
+
+def stepped(m, tmp_path):
+    student, noise_filter = m["VideoNet"](3, width=4), m["ModalityNoiseFilter"](3, 32)
+    return m["train_step"](student, noise_filter, m["make_optimizer"](student, noise_filter), rand(4, 3, 8, 32, 32), rand(4, 32), CLASSES)
+
+
+CLASSES, TAGS = torch.tensor([0, 1, 1, 2]), torch.tensor([[1, 0, 1], [0, 1, 0], [0, 1, 1], [1, 0, 0]])
+CALLS = {                                                          # by name: a call in a namespace of pasted definitions
+    "cosine_matrix": lambda m, _: m["cosine_matrix"](rand(4, 8), rand(5, 8)), "label_overlap": lambda m, _: m["label_overlap"](TAGS),
+    "classification_loss": lambda m, _: m["classification_loss"](rand(4, 3), TAGS),
+    "csc_loss": lambda m, _: m["csc_loss"](rand(4, 8), rand(4, 8, seed=1), rand(4, 4), CLASSES),
+    "sparsity_loss": lambda m, _: m["sparsity_loss"](rand(4, 8)), "triplet_loss": lambda m, _: m["triplet_loss"](rand(4, 8), rand(4, 8), rand(4, 8)),
+    "ModalityNoiseFilter": lambda m, _: m["ModalityNoiseFilter"](3, 8)(rand(4, 8), rand(4, 5, 8)), "gather": lambda m, _: m["gather"](rand(3)),
+    "train_step": stepped, "make_optimizer": stepped, "log_probabilities": lambda m, _: m["log_probabilities"](rand(4, 3), TAGS),
+    "kd_loss": lambda m, _: m["kd_loss"](rand(4, 3), rand(4, 3, seed=1), CLASSES), "fitnet_loss": lambda m, _: m["fitnet_loss"](rand(4, 8), rand(4, 8, seed=1)),
+    "crd_loss": lambda m, _: m["crd_loss"](rand(4, 8), rand(4, 8, seed=1), CLASSES),
+    "ccl_loss": lambda m, _: m["ccl_loss"](m["Features"](rand(4, 5, 8), rand(4, 8), rand(4, 3)), rand(4, 8), CLASSES, torch.nn.Linear(16, 8), torch.nn.Linear(8, 3)),
+    "Distiller": lambda m, _: m["Distiller"]("csc", 3, 8, 6)(m["Features"](rand(4, 5, 8), rand(4, 8), rand(4, 3)), rand(4, 6), CLASSES),
+    "linear_probe": lambda m, _: m["linear_probe"](rand(4, 8), CLASSES, 3).weight,
+    "FactorisedConv3d": lambda m, _: m["FactorisedConv3d"](3, 4, (3, 3, 3))(rand(1, 3, 4, 8, 8)), "VideoBlock": lambda m, _: m["VideoBlock"](3, 4, True)(rand(1, 3, 4, 8, 8)),
+    "VideoNet": lambda m, _: m["VideoNet"](3, width=4)(rand(1, 3, 8, 32, 32)), "LogMel": lambda m, _: m["LogMel"]()(rand(2, 32000)),
+    "AudioBlock": lambda m, _: m["AudioBlock"](1, 4, 2)(rand(1, 1, 8, 8)), "AudioNet": lambda m, _: m["AudioNet"](3, width=4, dim=32)(rand(1, 40, 64)),
+    "make_network": lambda m, _: m["make_network"]("audio", 3, 4)(rand(1, 40, 64)),
+    "Prepare": lambda m, _: m["Prepare"](16)((rand(1, 2, 3, 20, 20) * 255).byte(), torch.tensor([[2.0, 2.0, 18.0, 18.0]])),
+    "decode_audio": lambda m, path: m["decode_audio"](media_clip(path)), "decode_video": lambda m, path: m["decode_video"](media_clip(path)),
+    "load_stream": lambda m, path: m["load_stream"](m["Clip"]("a", (0,), "eval", None, media_clip(path)), "video"),
+    "walk_media": lambda m, path: len(m["walk_media"](os.path.dirname(media_clip(path)))), "is_sound_only": lambda m, _: m["is_sound_only"]("a.wav"),
+    "mean_average_precision": lambda m, _: m["mean_average_precision"](rand(4, 3), TAGS), "mean_auc": lambda m, _: m["mean_auc"](rand(4, 3), TAGS),
+    "topk_accuracy": lambda m, _: m["topk_accuracy"](rand(4, 3), CLASSES), "score": lambda m, _: m["score"]("audio_tagging", rand(4, 3), TAGS),
+    "retrieval_metrics": lambda m, _: m["retrieval_metrics"](rand(4, 8), rand(4, 8, seed=1), CLASSES, CLASSES),
+    "even_windows": lambda m, _: m["even_windows"](40), "sliding_windows": lambda m, _: m["sliding_windows"](40),
+    "heat": lambda m, _: m["heat"](rand(4, 4)), "draw_attention": lambda m, _: m["draw_attention"](rand(3, 8, 32, 32), rand(4))}
+
+
+@pytest.mark.parametrize("name", [*PROMISED, "load_checkpoint", "even_windows", "sliding_windows", "heat", "draw_attention"])
+def test_public_functions_need_only_the_imports_and_what_they_call(name, tmp_path):
+    needed, queue = [], [name] + (["VideoNet", "ModalityNoiseFilter", "make_optimizer", "train_step"] if name in ("train_step", "make_optimizer") else [])
+    queue += ["Features"] * (name in ("ccl_loss", "Distiller")) + ["Clip"] * (name == "load_stream")                         # for the call alone
     while queue:
         if (current := queue.pop()) not in needed:
             needed.append(current)
@@ -2146,9 +2185,12 @@ def test_public_functions_need_only_the_imports_and_what_they_call(name):
     used = {n.id for d in needed for n in ast.walk(DEFINITIONS[d]) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     globals_of_module = {t.id for n in TREE.body if isinstance(n, (ast.Assign, ast.AnnAssign)) for t in getattr(n, "targets", [getattr(n, "target", None)]) if isinstance(t, ast.Name)}
     assert callable(pasted[name]) and not used & globals_of_module
-    if name == "csc_loss":                                                        # and one of them is called, not just compiled
-        p, y = rand(4, 8), torch.tensor([0, 1, 1, 2])
-        assert torch.equal(pasted[name](p, p, rand(4, 4), y), xmkd.csc_loss(p, p, rand(4, 4), y))
+    if name in CALLS:
+        results = []
+        for namespace in (pasted, vars(xmkd)):
+            torch.manual_seed(0)
+            results.append(repr(CALLS[name](namespace, tmp_path)))
+        assert results[0] == results[1] != "None"
 
 
 def test_every_option_is_used_and_explained(capsys):
@@ -2190,6 +2232,15 @@ def test_readme_commands_parse():
     assert len(commands) >= 12
     for command in commands:
         xmkd.build_parser().parse_args(command.split(" xmkd.py", 1)[1].replace("\\", "").split())
+
+
+def test_readme_examples_run_and_print_what_they_say(capsys):
+    examples = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert len(examples) == 4
+    for example in examples:
+        assert len(example.splitlines()) <= 5
+        exec(compile(example, "README.md", "exec"), {})
+        assert capsys.readouterr().out.strip() == re.search(r"# (torch.Size.*|1\.0)$", example, re.M)[1]
 
 
 def test_the_module_runs_as_a_program():
