@@ -2073,10 +2073,10 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
          "classes; needs --checkpoint"),
         ("gallery", None, str, "with --predict: a folder of media, whose clips nearest to each file are printed"),
         ("topk", 5, COUNT, "with --predict: how many classes or clips a file"),
-        ("json", False, {"action": "store_true"}, "with --predict: prints JSON"),
+        ("json", False, FLAG, "with --predict: prints JSON"),
         ("explain", None, COUNT, "draw what filter and calibration do to so many clips; needs --checkpoint"),
         ("checkpoint", None, str, "the checkpoint that --predict and --explain use, as for --eval"),
-        ("benchmark", False, {"action": "store_true"}, "measure loader and training step at the given sizes")],
+        ("benchmark", False, FLAG, "measure loader and training step at the given sizes")],
     "run": [
         ("seed", 3, number(int, 0, 10 ** 6), "first seed (authors)"),
         ("seeds", 1, COUNT, "how many seeds to run, counted up from --seed"),
@@ -2084,14 +2084,14 @@ OPTIONS: dict[str, list[tuple[str, Any, Any, str]]] = {         # name, default,
         ("cache", None, str, "folder of decoded clips and teachers, may be shared by runs (default: <out>/cache)"),
         ("raw-cache", False, FLAG, "keep frames as they are, not as JPEG: 12 times the space, faster, no loss"),
         ("no-cache", False, {"action": "store_true"}, "keep no decoded clip, decode it again for every view"),
-        ("resume", False, {"action": "store_true"}, "go on from <out>/last.pt if there is one"),
+        ("resume", False, FLAG, "go on from <out>/last.pt if there is one"),
         ("workers", min(8, (os.cpu_count() or 2) // 2), number(int, 0, 256), "loader processes"),
         ("device", "auto", str, "cpu, cuda, cuda:1, ...; auto takes the GPU where there is one"),
         ("amp", "auto", ["auto", "bf16", "none"], "precision of the networks only; auto: bf16 on a GPU with it"),
         ("deterministic", False, FLAG, "the same numbers from every run on one GPU, slower; on a CPU they are anyway"),
         ("compile", False, FLAG, "torch.compile the networks: slow to start, faster from then on"),
         ("tensorboard", False, FLAG, "curves for TensorBoard in the run folder, if that is installed"),
-        ("quiet", False, {"action": "store_true"}, "print warnings and errors only")]}
+        ("quiet", False, FLAG, "print warnings and errors only")]}
 DEFAULTS = {name.replace("-", "_"): value for name, value, *_ in itertools.chain(*OPTIONS.values()) if value is not None}
 RECIPES: dict[str, dict[str, Any]] = {                                  # what a data set's own defaults change
     "audioset": {"epochs": 60},                                         # about the updates of UCF51's recipe (ours)
@@ -2258,11 +2258,11 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
                          ("eval", "checkpoint"), ("eval", "teacher"), ("predict", "teacher"),
                          *itertools.combinations(modes, 2),
                          *itertools.product(modes[:3], ("compare", "method", "resume"))]:
-        if first in given and other in given:
+        if given.get(first) and given.get(other):
             raise InputError(f"--{first} and --{other} exclude each other; give one".replace("_", "-"))
     for one, others in {"checkpoint": ("predict", "explain"), "predict": ("checkpoint",), "explain": ("checkpoint",),
                         "gallery": ("predict",), "json": ("predict",), "topk": ("predict",)}.items():
-        if one in given and not given.keys() & {*others}:
+        if given.get(one) and not given.keys() & {*others}:
             raise InputError(f"--{one} needs --{' or --'.join(others)}")
     inherited = {name: value for name, value in saved.get("settings", {}).items()
                  if name not in RUN_OPTIONS - {"seed"} | {"amp"}}
