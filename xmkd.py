@@ -81,11 +81,11 @@ class InputError(ValueError):
 
 # ============================================== 1. Method (step numbers are the title page's)
 def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of every pair of rows: (N, D), (M, D) -> (N, M) in [-1, 1]; a row of zeros gives 0."""
+    """Step 3. Cosine of every pair of rows: (N, D), (M, D) -> (N, M) in [-1, 1]; a row of zeros gives 0."""
     return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
 
 def label_overlap(labels: Tensor) -> Tensor:
-    """How much two clips count as positives of each other: (B, B) in [0, 1], diagonal 1.
+    """Step 5. How much two clips count as positives of each other: (B, B) in [0, 1], diagonal 1.
 
     labels  (B,) class indices: 1 where equal (authors' code), or
             (B, C) multi-hot tags: Jaccard index |y_i and y_j| / |y_i or y_j| (ours; two clips without tags give 1).
@@ -98,7 +98,7 @@ def label_overlap(labels: Tensor) -> Tensor:
     return torch.where(union > 0, shared / union.clamp_min(1e-9), 1.0)
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, C) in nats, mean over clips; for multi-hot tags (B, C) binary ones, summed over tags.
+    """Steps 4, 5. Cross-entropy of logits (B, C), mean over clips in nats; of multi-hot tags (B, C) summed binary ones.
 
     The sum is ours: a mean over tags shrinks with C until CSC drowns it (demo: mAP 0.18 by mean, 0.83 by sum).
     """
@@ -107,7 +107,7 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
 
 def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tensor, offset: float = 0.07) -> Tensor:
-    """Contrastive Semantic Calibration: a contrastive loss with one temperature per pair. Authors' loss/csc_loss.py.
+    """Step 5. Contrastive Semantic Calibration: one temperature per pair. Authors' loss/csc_loss.py.
 
     student     (B, D)  pooled student embedding p, any scale (normalised here)
     evidence    (B, D)  student evidence s^ that the purified teacher points at, any scale
@@ -128,11 +128,11 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
     return ((nll * overlap).sum(1) / overlap.sum(1)).mean()
 
 def sparsity_loss(weight: Tensor) -> Tensor:
-    """Mean over output rows of the L1 norm of a weight matrix (out, in) -> (). Authors' train.py, `norm_loss`."""
+    """Step 4. Mean over output rows of the L1 norm of a weight (out, in) -> (). Authors' train.py, `norm_loss`."""
     return weight.abs().sum(1).mean()
 
 def triplet_loss(student: Tensor, teacher: Tensor, purified: Tensor, margin: float = 0.2) -> Tensor:
-    """The purified teacher must lie closer to the student than the raw one, by `margin` in cosine. All (B, D) -> ()."""
+    """Step 4. The purified teacher must be nearer to the student than the raw one, by `margin` in cosine. (B, D) -> ()."""
     raw, clean = F.cosine_similarity(student, teacher), F.cosine_similarity(student, purified)
     return F.relu(raw - clean + margin).mean()
 
@@ -145,7 +145,7 @@ class Filtered(NamedTuple):
     attention: Tensor  # (B, K) where the purified teacher looks on the student's map; rows sum to 1
 
 class ModalityNoiseFilter(nn.Module):
-    """MNF: gates the teacher by what the student sees, then asks the student's map with it (authors' module).
+    """Step 2. MNF: gates the teacher by what the student sees, then asks the student's map with it (authors' module).
 
     num_classes  C
     dim          D, channels of the student's map
@@ -231,7 +231,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
 
 def make_optimizer(student: nn.Module, noise_filter: nn.Module | None, lr: float = 3e-4, weight_decay: float = 5e-4,
                    filter_lr: float = 0.2) -> torch.optim.Adam:
-    """Adam with coupled weight decay; the filter learns at `filter_lr` times the student's rate (authors' settings)."""
+    """Step 6. Adam with coupled weight decay; the filter learns at `filter_lr` times the student's rate (authors' settings)."""
     groups: list[dict[str, Any]] = [{"params": list(student.parameters()), "lr": lr}]
     if noise_filter is not None:
         groups.append({"params": list(noise_filter.parameters()), "lr": filter_lr * lr})
@@ -2097,8 +2097,8 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # what a
     "audioset": {"epochs": 60},                                         # about the updates of UCF51's recipe (ours)
     "vggsound": {"epochs": 10},                                         # likewise
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},               # authors
-    "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 16, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
-             "crop_area": 0.7, "csc_offset": 0.3}}
+    "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 8, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
+             "crop_area": 0.7, "spec_augment": False, "csc_offset": 0.3}}
 RUN_OPTIONS = {"out", "cache", "resume", "workers", "device", "quiet", "compare", "method", "seeds", "seed", "epochs",
                "max_skipped", "compile", "tensorboard",
                *(name for name, *_ in OPTIONS["instead of training"])}                   # may differ on --resume
