@@ -132,7 +132,7 @@ def sparsity_loss(weight: Tensor) -> Tensor:
     return weight.abs().sum(1).mean()
 
 def triplet_loss(student: Tensor, teacher: Tensor, purified: Tensor, margin: float = 0.2) -> Tensor:
-    """Step 4. The purified teacher must be nearer to the student than the raw one, by `margin` in cosine. (B, D) -> ()."""
+    """Step 4. The purified teacher must be nearer to the student than the raw one, by `margin` in cosine; all (B, D)."""
     raw, clean = F.cosine_similarity(student, teacher), F.cosine_similarity(student, purified)
     return F.relu(raw - clean + margin).mean()
 
@@ -231,7 +231,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
 
 def make_optimizer(student: nn.Module, noise_filter: nn.Module | None, lr: float = 3e-4, weight_decay: float = 5e-4,
                    filter_lr: float = 0.2) -> torch.optim.Adam:
-    """Step 6. Adam with coupled weight decay; the filter learns at `filter_lr` times the student's rate (authors' settings)."""
+    """Step 6. Adam with coupled weight decay; the filter learns at `filter_lr` times the student's rate (authors)."""
     groups: list[dict[str, Any]] = [{"params": list(student.parameters()), "lr": lr}]
     if noise_filter is not None:
         groups.append({"params": list(noise_filter.parameters()), "lr": filter_lr * lr})
