@@ -1772,7 +1772,8 @@ def draw_groups(groups: dict[str, Tensor], measures: dict[str, Tensor]) -> tuple
         text.append(f"{measure}, {low:.2f} to {high:.2f}")
         pictures.append(write_text(text[-1], 1056))
         for name, mask in groups.items():
-            text.append(f"  {name:18} {int(mask.sum()):>5} clips  {values[mask].mean():.3f} ± {values[mask].std():.3f}")
+            mean, deviation = values[mask].mean(), values[mask].std(correction=0)
+            text.append(f"  {name:18} {int(mask.sum()):>5} clips  {mean:.3f} ± {deviation:.3f}")
             if mask is not first:
                 chance = mean_auc(values[first | mask][:, None], first[first | mask][:, None])
                 text[-1] += f"  lower than one of the first with chance {chance:.2f}"
@@ -1788,6 +1789,7 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
     source, clips = settings["checkpoint"], data.store.clips
     if not saved["filter"] or saved["method"] not in ("mnf", "xmkd"):
         raise InputError(f"--checkpoint {source} is of {saved['method']}, without a filter; give one of xmkd or mnf")
+    check_classes(job, "checkpoint", saved)
     student = restore(job, "checkpoint", saved)
     teacher, _ = embed_clips(job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video")), cache)
     noise_filter: Any = make_distiller(job, saved["method"], teacher)
@@ -1810,7 +1812,7 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
     for n, i in enumerate(drawn):
         save_image(draw_clip(job, seen, n, clips[i]), folder / f"clip-{clips[i].id.replace('/', '_')}.png")
     save_image(draw_batch(job, see(batch), data.labels(batch), saved["method"] == "xmkd"), folder / "batch.png")
-    many = some(data.train, 500) + some(usable, 500)
+    many = some(data.train, 250) + some(usable, 250)
     train = torch.tensor([clips[i].split == "train" for i in many])
     groups = {"training clips": train, "evaluation clips": ~train}
     if settings["data"] == "demo":                                      # which knows the truth
@@ -2311,18 +2313,23 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         load_checkpoint(settings["teacher"])                            # refused now rather than after decoding
     return layout, methods, settings
 
+def check_classes(job: Job, option: str, saved: dict[str, Any]) -> None:
+    """InputError if the checkpoint that `option` names knows other classes than the data set has."""
+    checkpoint, classes = f"--{option} {job.settings[option]}", job.data.classes
+    if saved["classes"] is None:                                        # the authors' or PANNs'
+        job.console.warn(f"{checkpoint} does not name its classes; their order is taken to be {classes[0]}, ... "
+                         f"{classes[-1]}; the authors' ActivityNet weights need their annotation.json in --data")
+    known = saved["classes"] or classes
+    if classes != known or len(known) != saved["network"]["num_classes"]:
+        raise InputError(f"{checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, ...), "
+                         f"{job.settings['data']} has {len(classes)} ({', '.join(classes[:3])}, ...); give --data with "
+                         "the classes that it was trained on")
+
 def evaluate(job: Job, saved: dict[str, Any], out: Path) -> None:
     """What --eval does. InputError if the checkpoint is of the teacher's modality or of other classes."""
     settings, data, checkpoint, begun = job.settings, job.data, job.settings["eval"], time.time()
+    check_classes(job, "eval", saved)
     network = restore(job, "eval", saved)
-    if saved["classes"] is None:                                        # the authors' or PANNs'
-        job.console.warn(f"--eval {checkpoint} does not name its classes; their order is taken to be {data.classes[0]}, "
-                         f"... {data.classes[-1]}; the authors' ActivityNet weights need their annotation.json in --data")
-    known = saved["classes"] or data.classes
-    if data.classes != known or len(known) != saved["network"]["num_classes"]:
-        raise InputError(f"--eval {checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, "
-                         f"...), {settings['data']} has {len(data.classes)} ({', '.join(data.classes[:3])}, ...); give "
-                         "--data with the classes that it was trained on")
     metrics = final_metrics(job, network)
     save(out / "results.json", {"task": settings["task"], "data": settings["data"], "method": saved["method"],
                                 "seed": saved["seed"], "metrics": metrics, "teacher": None, "checkpoint": checkpoint,
