@@ -63,7 +63,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import Colorspace, VideoReformatter
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -597,8 +597,9 @@ def to_picture(frame: Any, size: tuple[int, int] | int, scale: VideoReformatter,
     if frame.format.name.startswith("yuv"):                                     # scaled first: half the time
         at_once = like_jpeg and frame.colorspace in (2, 5, 6)                   # JPEG's matrix, BT.601, or none given
         frame = scale.reformat(frame, width, height, "yuvj420p" if at_once else None, threads=1)
-    frame = convert.reformat(frame, width, height, "yuvj420p" if like_jpeg else "rgb24", None, "ITU601", threads=1)
-    if turns or planes and not like_jpeg:               # a new frame has not the tags that would change colours in JPEG
+    form, matrix = "yuvj420p" if like_jpeg else "rgb24", Colorspace.ITU601
+    frame = convert.reformat(frame, width, height, form, None, matrix, threads=1)
+    if turns or (planes and not like_jpeg):             # a new frame has not the tags that would change colours in JPEG
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns)), "rgb24")
     return frame
 
@@ -989,7 +990,7 @@ def pack_frames(frames: Tensor | list[Any]) -> np.ndarray:
     codec.height, codec.width = images[0].height, images[0].width
     codec.options = {"huffman": "default"}                              # own tables: a tenth smaller, half as fast
     codec.pix_fmt, codec.time_base, codec.thread_count, codec.qmin, codec.qmax = "yuvj420p", Fraction(1, 25), 1, 2, 2
-    jpegs = []
+    jpegs = list[bytes]()
     for k, image in enumerate(images):
         image.pts, image.time_base = k, codec.time_base                 # they must rise, and a picture may come again
         jpegs += map(bytes, codec.encode(image))
@@ -1034,7 +1035,7 @@ class ClipStore(Dataset[Any]):
         file = self.folder and self.folder / "clips" / (name := self.key(i, kind))[:2] / f"{name}.npy"
         if file and file.exists():
             with suppress(ValueError, EOFError):                        # damaged since: decoded again
-                return np.load(str(file), mmap_mode="r")              # of a Path, NumPy would look up all folders
+                return np.load(str(file), mmap_mode="r")                # of a Path, NumPy would look up all folders
         try:
             content = self.load(self.clips[i], kind)
             array = (content.clamp(-1, 1).mul_(32767).round_().short().numpy() if kind == "audio" else
