@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -2225,13 +2226,88 @@ def test_recipes_follow_the_data_set(tmp_path):
     assert xmkd.settle({"compare": "paper"}, {})[1] == list(xmkd.METHODS)
 
 
+def readme_commands():
+    """README's commands that run the program, in order: those of its ```bash blocks and of its tables."""
+    text, found = (HERE / "README.md").read_text().replace("\\\n", " "), []
+    for block, row in re.findall(r"```bash\n(.*?)```|^(\|[^\n]*)$", text, re.S | re.M):
+        found += [part for line in block.splitlines() for part in line.split("#")[0].split("&&")] + re.findall("`([^`]*)`", row)
+    return [command.strip() for command in found if re.search(r" xmkd\.py( |$)", command)]
+
+
 def test_readme_commands_parse():
-    text = (HERE / "README.md").read_text()
-    commands = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines() if " xmkd.py" in line]
-    commands += re.findall(r"\| `(python xmkd.py[^`]*)` \|", text)                          # the table of experiments
-    assert len(commands) >= 12
+    commands = readme_commands()
+    assert len(commands) >= 20
     for command in commands:
-        xmkd.build_parser().parse_args(command.split(" xmkd.py", 1)[1].replace("\\", "").split())
+        xmkd.build_parser().parse_args(shlex.split(command.split(" xmkd.py", 1)[1]))
+
+
+def what_readme_names(root):
+    """In small: two classes in each layout, eight training and four evaluation clips of a second, checkpoints, files to predict."""
+    def put(name, content):                                                                # a list's rows one by one
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        with (root / name).open("ab") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+    put("audioset/class_labels_indices.csv", "index,mid,display_name\n0,/m/0,Archery\n1,/m/1,Typing\n")
+    put("ucf101/ucfTrainTestlist/classInd.txt", "3 Archery\n95 Typing\n")
+    entries = {}
+    for k in range(12):
+        part, label, ytid = "train" if k < 8 else "test", ("Archery", "Typing")[k % 2], f"{k:011}"
+        clip = Path(encode(root / "holiday.mp4", seconds=1.0, tone=400.0 + 200 * k)).read_bytes()
+        for name in (f"audioset/Y{ytid}.mp4", f"ucf101/UCF-101/{label}/v_{label}_g{k:02}_c01.avi", f"activitynet/v_{ytid}.mp4", f"vggsound/{ytid}_000000.mp4", f"clips/{k}.mp4"):
+            put(name, clip)
+        put(f"audioset/{('balanced_train', 'unbalanced_train', 'eval')[k // 4]}_segments.csv", f'{ytid}, 0.000, 10.000, "/m/{k % 2}"\n')
+        put(f"ucf101/ucfTrainTestlist/{part}list01.txt", f"{label}/v_{label}_g{k:02}_c01.avi\n")
+        put("vggsound/vggsound.csv", f"{ytid},0,{label},{part}\n")
+        entries[ytid] = {"subset": "training" if k < 8 else "validation", "annotations": [{"label": label, "segment": [0, 1]}]}
+    put("activitynet/activity_net.v1-3.min.json", json.dumps({"database": entries}))
+    (root / "avdigits").mkdir()
+    for name in ("audioset", "ucf101"):
+        os.symlink(f"../{name}", root / "avdigits" / name)
+    for name, stages in (("Cnn14_emb512_mAP=0.420.pth", 6), ("Cnn10_mAP=0.380.pth", 4)):
+        torch.save({"model": {"logmel_extractor.melW": torch.zeros(513, 64), **xmkd.AudioNet(2, width=2, stages=stages).state_dict()}}, root / name)
+    authors_checkpoint(root / "save_model.pth", 2, 2)
+    if importlib.util.find_spec("h5py"):
+        release(root / "release")
+
+
+@stress
+def test_readme_commands_run_in_order_on_tiny_data(tmp_path, monkeypatch, capsys):
+    def offline(weights, progress):
+        raise OSError("no network")
+    few, compiled, failed = xmkd.demo_clips, torch.nn.Module.compile, []
+    monkeypatch.setattr(xmkd, "r2plus1d_18", offline)
+    monkeypatch.setattr(xmkd, "demo_clips", lambda tags, *sizes: few(tags, 20, 10))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled(self, backend="eager"))       # traced only: building C++ takes minutes
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")                                 # torchrun's processes are offline, too
+    monkeypatch.chdir(tmp_path)
+    what_readme_names(tmp_path)
+    for command in readme_commands():
+        before, after = f"{command} ".split(" xmkd.py ", 1)
+        if "./release" in after and not Path("release").exists():
+            continue
+        try:
+            given = vars(xmkd.build_parser().parse_args(words := shlex.split(after)))
+            named = [*given.get("predict", []), *(given[key] for key in ("data", "eval", "checkpoint", "gallery", "teacher", "teacher_features") if key in given)]
+            missing, runs = [name for name in named if name not in ("demo", "auto", "scratch") and not Path(name).exists()], {*Path("runs").glob("*")}
+            words += ["--workers", "0", "--quiet"]
+            if not given.keys() & {"eval", "predict", "explain"}:                           # whose checkpoints bring their sizes
+                words += [*"--width 2 --size 32 --frames 2 --teacher-epochs 1 --epochs".split(), "2" if "resume" in given else "1"]
+            if "seeds" in given:
+                words += ["--seeds", "1" if "compare" in given else "2"]                    # a method's only seed has no folder of its own
+            if missing:
+                code, said = 2, f"nothing has made {', '.join(missing)}"
+            elif "torchrun" in before.split():
+                result = torchrun(HERE / "xmkd.py", *words, "--device", "cpu")
+                code, said = result.returncode, result.stderr
+            else:
+                code, said = xmkd.main(words), capsys.readouterr().err
+            if not code and "resume" in given and {*Path("runs").glob("*")} != runs:
+                code, said = 2, "nothing has made a run to resume"
+            failed += [f"{command}\n    {said.strip()}"] * bool(code)
+        except Exception as error:
+            error.add_note(f"README: {command}")
+            raise
+    assert not failed, "commands of README that fail:\n" + "\n".join(failed)
 
 
 def test_readme_examples_run_and_print_what_they_say(capsys):
