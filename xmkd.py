@@ -1649,6 +1649,8 @@ def predict_files(settings: dict[str, Any], saved: dict[str, Any]) -> None:
     if gallery:
         for reason in filter(None, reasons[len(files):]):
             console.warn(f"left out of the gallery: {reason}")
+        if all(reasons[len(files):]):
+            raise InputError(f"--gallery {settings['gallery']} holds no clip with a {kind} stream that can be read")
         queries, names = sum(i < len(files) for i in good), [store.clips[i].id for i in good if i >= len(files)]
         scores = cosine_matrix(embeddings[:queries], embeddings[queries:])
     rows, results = iter(scores), []
