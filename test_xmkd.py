@@ -1857,7 +1857,7 @@ def test_modes_that_make_no_sense_are_refused(trained, capsys, monkeypatch, tmp_
 def test_benchmark_prints_loader_step_and_epoch(tmp_path, capsys):
     assert xmkd.main(["--benchmark", "--task", "action_recognition", "--width", "2", "--workers", "0", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"loader  [\d,]+ clips/s by 0 workers\nstep    [\d.,]+ ms for 16 clips, [\d.,]+ clips/s: views [\d.]+, forward [\d.]+, losses and "
+    assert re.search(r"loader  [\d,]+ clips/s by 0 workers\nstep    [\d.,]+ ms for 8 clips, [\d.,]+ clips/s: views [\d.]+, forward [\d.]+, losses and "
                      r"backward [\d.]+, optimizer [\d.]+\n +\S+ TFLOP/s .* peak memory [\d.]+ GiB\nepoch +[\d.]+ min for UCF51 \(4,892 clips\)\non ", printed), printed
 
 

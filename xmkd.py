@@ -1148,10 +1148,16 @@ class Views(Dataset[Any]):
 def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
     """Views and boxes of all items of `Views`, number of views of each, the rest stacked; small frames' edges grow."""
     views, boxes, *rest = map(list, zip(*items))
-    if views[0].ndim == 5:
-        rows, columns = (torch.arange(max(v.shape[axis] for v in views)) for axis in (-2, -1))
-        views = [v[..., rows.clamp(max=v.shape[-2] - 1)[:, None], columns.clamp(max=v.shape[-1] - 1)] for v in views]
-    return torch.cat(views), torch.cat(boxes), [len(view) for view in views], *(torch.stack(part) for part in rest)
+    counts = [len(view) for view in views]
+    if len({view.shape[1:] for view in views}) > 1:
+        height, width = (max(view.shape[axis] for view in views) for axis in (-2, -1))
+        grown = views[0].new_empty(sum(counts), *views[0].shape[1:3], height, width)
+        for part, view in zip(grown.split(counts), views):
+            part[..., :view.shape[-2], :view.shape[-1]] = view
+            part[..., view.shape[-2]:, :view.shape[-1]] = view[..., -1:, :]
+            part[..., view.shape[-1]:] = part[..., view.shape[-1] - 1:view.shape[-1]]
+        views = [grown]
+    return torch.cat(views), torch.cat(boxes), counts, *(torch.stack(part) for part in rest)
 
 class EpochBatches(Sampler[Any]):
     """Shuffled batches of (clip, view seed), given by seed and `epoch`; under torchrun each process's part of them.
