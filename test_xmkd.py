@@ -1019,6 +1019,14 @@ def test_hdf5_that_is_a_pipe_does_not_hang(tmp_path):
     assert in_time(60, code, tmp_path / "a.hdf5").strip() == f"{tmp_path}/a.hdf5: not a regular file"
 
 
+def test_hdf5_frames_are_not_taken_for_sound(tmp_path):
+    path = str(release(tmp_path / "ucf51", features=False) / "v_Zoo_g00_c01.hdf5")
+    clip = xmkd.Clip("a", (0,), "eval", path, path)
+    assert xmkd.load_stream(clip, "video", size=24).shape == (5, 3, 24, 32)
+    with pytest.raises(xmkd.InputError, match="v_Zoo_g00_c01.hdf5: "):
+        xmkd.load_stream(clip, "audio")
+
+
 def test_hdf5_without_h5py_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(xmkd.InputError, match="a.hdf5: .*pip install h5py"):

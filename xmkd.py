@@ -908,7 +908,7 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
     path, start, end = getattr(clip, kind), clip.start, clip.end
     if path is None:
         raise InputError(f"{clip.id}: no file with a {kind} stream")
-    if path.lower().endswith(".hdf5"):
+    if kind == "video" and path.lower().endswith(".hdf5"):
         return decode_hdf5(path, size)
     if clip.cut:
         start, end = 0.0, None
