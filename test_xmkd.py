@@ -1739,6 +1739,21 @@ def test_predict_says_which_file_lacks_the_stream_and_names_the_others_tags(trai
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("/")] == [str(odd)]
 
 
+def test_predict_prints_any_file_name_and_wipes_the_progress_line(trained, tmp_path, capsys, monkeypatch):
+    odd = tmp_path / "\xfcn\xef\udcff.mp4"                                                      # UTF-8, then a byte that is none
+    odd.write_bytes(b"no media")
+    command = ["--predict", str(odd), "--checkpoint", str(trained / "media" / "best.pt"), "--workers", "0"]
+    assert xmkd.main([*command, "--json"]) == 2
+    printed = capsys.readouterr().out
+    assert printed.isascii() and json.loads(printed)[0]["file"] == str(odd)
+    process = subprocess.run([sys.executable, xmkd.__file__, *command], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert process.returncode == 2 and "ünï\\udcff.mp4\n  cannot be decoded" in process.stdout.decode()
+    shutil.copy(xmkd.__file__, tmp_path / "clip.mp4")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert xmkd.main(["--predict", str(tmp_path / "clip.mp4"), *command[2:]]) == 2
+    assert f"\r\x1b[K{tmp_path / 'clip.mp4'}\n" in capsys.readouterr().out
+
+
 def test_the_gallery_ranks_its_clips_and_leaves_the_file_itself_out(trained, media, capsys):
     file = media / "val" / "low" / "1.mp4"
     assert xmkd.main(["--predict", str(file), "--gallery", str(media / "val"), "--checkpoint", str(trained / "media" / "best.pt"), "--json", "--topk", "50", "--workers", "0"]) == 0

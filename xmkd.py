@@ -1667,9 +1667,9 @@ def predict_files(settings: dict[str, Any], saved: dict[str, Any]) -> None:
         error = [reason.removeprefix(f"{file}: ")] if reason else []
         results.append({"file": file, **({"error": error[0]} if error else {"top": dict(top)})})
         if not settings["json"]:
-            print(file, *(f"  {line}" for line in error), *(f"  {value:.3f}  {name}" for name, value in top), sep="\n")
+            print(console.clear + file, *(f"  {line}" for line in error), *(f"  {value:.3f}  {name}" for name, value in top), sep="\n")
     if settings["json"]:
-        print(json.dumps(results, indent=2, ensure_ascii=False))
+        print(json.dumps(results, indent=2))
     if failed := sum("error" in result for result in results):
         raise InputError(f"{failed} of {len(files)} files could not be used; the checkpoint is one for {kind}")
 
@@ -2485,6 +2485,7 @@ def terminate(*_: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]     # file names may hold any bytes
     if RANK == 0:                                                       # the others just end
         signal.signal(signal.SIGTERM, terminate)
     sys.exit(main())
