@@ -1823,6 +1823,11 @@ def test_attention_lands_on_the_position_that_it_is_for():
     shaded = picture[:, picture.shape[1] // 2:].mean(0)
     y, x = (shaded == shaded[shaded < 1].max()).nonzero().float().mean(0).tolist()
     assert y / shaded.shape[0] < 0.3 and x / shaded.shape[1] == pytest.approx(4.5 / 6, abs=0.09)
+    logmel = torch.zeros(111, 64)
+    logmel[79:81] = 1.0                                                                         # where the fifth of six positions ends
+    picture = xmkd.draw_attention(logmel, torch.full((24,), 1 / 24))
+    assert picture[0, 100].nonzero().float().mean() / picture.shape[2] == pytest.approx(5 / 6, abs=0.005)
+    assert xmkd.draw_attention(torch.full((100, 64), -100.0), attention).isfinite().all()       # silence
 
 
 def test_a_checkpoint_without_a_filter_or_with_another_teacher_is_not_explained(trained, tmp_path, capsys):

@@ -1701,7 +1701,9 @@ def draw_attention(inputs: Tensor, attention: Tensor, width: int = 1056) -> Tens
         weights = attention.view(math.ceil(frames / 8), math.ceil(side / 16), math.ceil(side / 16))
         size = (width // max(4, min(8, frames)) - 4,) * 2
     else:                                                               # low pitch below
-        pictures = ((inputs - inputs.min()) / (inputs.max() - inputs.min())).T.flip(0).expand(1, 3, -1, -1)
+        inputs = inputs[:len(inputs) // 16 * 16]                        # pooling leaves the rest out
+        spread = (inputs.max() - inputs.min()).clamp_min(1e-6)          # 0 in silence
+        pictures = ((inputs - inputs.min()) / spread).T.flip(0).expand(1, 3, -1, -1)
         weights, size = attention.view(1, -1, inputs.shape[1] // 16).transpose(1, 2).flip(1), (256, width - 4)
     weights = F.interpolate((weights * len(attention) / 2).clamp_max(1)[None, None], (len(pictures), *size))[0, 0]
     pictures = F.interpolate(pictures, size)
