@@ -1803,7 +1803,7 @@ def test_explain_draws_clips_batch_and_groups(trained, tmp_path, capsys, data):
         assert 900 < picture.shape[1] <= 1056 and picture.std() > 20                            # not blank
     names = ("matched and clean", "matched and noisy", "mismatched") if data == "demo" else ("training clips", "evaluation clips")
     counts = [list(map(int, re.findall(rf"{name} +(\d+) clips", printed))) for name in names]
-    assert all(len(c) == 2 and c[0] == c[1] for c in counts) and sum(c[0] for c in counts) == (490 if data == "demo" else 22)
+    assert all(len(c) == 2 and c[0] == c[1] for c in counts) and sum(c[0] for c in counts) == (480 if data == "demo" else 22)
     assert (folder / "best.pt").read_bytes() == weights
 
 

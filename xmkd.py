@@ -1823,10 +1823,10 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
     for n, i in enumerate(drawn):
         save_image(draw_clip(job, seen, n, clips[i]), folder / f"clip-{clips[i].id.replace('/', '_')}.png")
     save_image(draw_batch(job, see(batch), data.labels(batch), saved["method"] == "xmkd"), folder / "batch.png")
-    many = some(data.train, 250) + some(usable, 250)
+    many = some(data.train, 250) + some(usable, 250) if settings["data"] != "demo" else some(data.train, 500)
     train = torch.tensor([clips[i].split == "train" for i in many])
     groups = {"training clips": train, "evaluation clips": ~train}
-    if settings["data"] == "demo":                                      # which knows the truth
+    if settings["data"] == "demo":                      # which knows the truth; its evaluation clips all match
         truth = [demo_truth(clips[i], settings["seed"], settings["noise"], settings["mismatch"]) for i in many]
         matched = torch.tensor([shown == [*clips[i].labels] for i, (shown, _) in zip(many, truth)])
         noisy = torch.tensor([bool(mixed) for _, mixed in truth])
