@@ -1667,7 +1667,8 @@ def predict_files(settings: dict[str, Any], saved: dict[str, Any]) -> None:
         error = [reason.removeprefix(f"{file}: ")] if reason else []
         results.append({"file": file, **({"error": error[0]} if error else {"top": dict(top)})})
         if not settings["json"]:
-            print(console.clear + file, *(f"  {line}" for line in error), *(f"  {value:.3f}  {name}" for name, value in top), sep="\n")
+            lines = [*error, *(f"{value:.3f}  {name}" for name, value in top)]
+            print(console.clear + file, *(f"  {line}" for line in lines), sep="\n")
     if settings["json"]:
         print(json.dumps(results, indent=2))
     if failed := sum("error" in result for result in results):
@@ -2330,11 +2331,11 @@ def check_classes(job: Job, option: str, saved: dict[str, Any]) -> None:
     if saved["classes"] is None:                                        # the authors' or PANNs'
         job.console.warn(f"{checkpoint} does not name its classes; their order is taken to be {classes[0]}, ... "
                          f"{classes[-1]}; the authors' ActivityNet weights need their annotation.json in --data")
-    known = saved["classes"] or classes
-    if classes != known or len(known) != saved["network"]["num_classes"]:
-        raise InputError(f"{checkpoint} knows {saved['network']['num_classes']} classes ({', '.join(known[:3])}, ...), "
-                         f"{job.settings['data']} has {len(classes)} ({', '.join(classes[:3])}, ...); give --data with "
-                         "the classes that it was trained on")
+    known, count = saved["classes"], saved["network"]["num_classes"]
+    named = f" ({', '.join(known[:3])}, ...)" if known else ""
+    if classes != (known or classes) or len(classes) != count:
+        raise InputError(f"{checkpoint} knows {count} classes{named}, {job.settings['data']} has {len(classes)} "
+                         f"({', '.join(classes[:3])}, ...); give --data with the classes that it was trained on")
 
 def evaluate(job: Job, saved: dict[str, Any], out: Path) -> None:
     """What --eval does. InputError if the checkpoint is of the teacher's modality or of other classes."""
