@@ -1722,23 +1722,20 @@ class Seen(NamedTuple):
 @torch.no_grad()
 def look(job: Job, student: nn.Module, noise_filter: ModalityNoiseFilter, teacher: Tensor, clips: Sequence[int]) -> Seen:
     """Student and filter, in evaluation mode, on the first view of each clip; on the CPU."""
-    device, parts, views = next(student.parameters()).device, [], Views(job.data, job.spec, "val")
-    prepare = Prepare(job.spec.size).to(device)
+    device, views = next(student.parameters()).device, Views(job.data, job.spec, "val")
     student.eval(), noise_filter.eval()
-    for some in (clips[k:k + 64] for k in range(0, len(clips), 64)):
-        frames, boxes, *_ = join_views([tuple(part[:1] for part in views[i, 0]) for i in some])
-        inputs, embedding = prepare(frames.to(device), boxes.to(device)), teacher[some].to(device)
-        features = student(inputs)
-        filtered, raw = noise_filter(embedding, features.map), noise_filter.adapter(embedding)[:, None]
-        evidence = noise_filter.trans_sv(noise_filter.attn(raw, features.map, features.map)[0][:, 0])
-        parts.append((inputs, *features, *filtered, noise_filter.sv_cls_classifier(evidence)))
-    inputs, *both, ungated = (torch.cat(part).cpu() for part in zip(*parts))
-    features, filtered = Features(*both[:3]), Filtered(*both[3:])
-    return Seen(inputs, features, filtered, ungated, cosine_matrix(features.pooled, filtered.teacher))
+    frames, boxes, *_ = join_views([tuple(part[:1] for part in views[i, 0]) for i in clips])
+    inputs, embedding = Prepare(job.spec.size).to(device)(frames.to(device), boxes.to(device)), teacher[clips].to(device)
+    features = student(inputs)
+    filtered, raw = noise_filter(embedding, features.map), noise_filter.adapter(embedding)[:, None]
+    evidence = noise_filter.trans_sv(noise_filter.attn(raw, features.map, features.map)[0][:, 0])
+    ungated, similarity = noise_filter.sv_cls_classifier(evidence), cosine_matrix(features.pooled, filtered.teacher)
+    return Seen(inputs.cpu(), Features(*(x.cpu() for x in features)), Filtered(*(x.cpu() for x in filtered)),
+                ungated.cpu(), similarity.cpu())
 
-def draw_clip(job: Job, seen: Seen, n: int, clip: Clip) -> Tensor:
-    """Clip n of those seen: labels, predictions without and with the gate, its channels, where the attention lies."""
-    data, settings, gate = job.data, job.settings, seen.filtered.gate[n]
+def draw_clip(job: Job, seen: Seen, clip: Clip) -> Tensor:
+    """A clip, seen alone: labels, predictions without and with the gate, its channels, where the attention lies."""
+    data, settings, gate = job.data, job.settings, seen.filtered.gate[0]
     def top(values: Tensor, names: Sequence[Any], count: int) -> str:
         best = values.topk(min(count, len(values)))
         return ", ".join(f"{names[k]:.32} {value:.2f}" for value, k in zip(*map(Tensor.tolist, best)))
@@ -1749,14 +1746,14 @@ def draw_clip(job: Job, seen: Seen, n: int, clip: Clip) -> Tensor:
                      + "".join(f"; mixed in: {data.classes[k]}" for k in mixed))
     for name, logits in (("student", seen.features.logits), ("evidence for the raw teacher", seen.ungated),
                          ("evidence for the purified teacher", seen.filtered.logits)):
-        scores = logits[n].sigmoid() if data.tags else logits[n].softmax(0)
+        scores = logits[0].sigmoid() if data.tags else logits[0].softmax(0)
         lines.append(f"{name}:  {top(scores, data.classes, 3)}")
     channels = [str(k) for k in range(len(gate))]
-    lines += [f"similarity of student and purified teacher:  {seen.similarity[n, n]:.2f}",
+    lines += [f"similarity of student and purified teacher:  {seen.similarity.item():.2f}",
               f"gate, {gate.mean():.2f} open on average:  most open channels {top(gate, channels, 4)}",
               f"most closed channels {top(-gate, channels, 4).replace('-', '')}; all of them, black 0, white 1:"]
     strip = F.interpolate(heat(gate[None])[None], (24, 1056))[0]
-    views = draw_attention(seen.inputs[n], seen.filtered.attention[n])
+    views = draw_attention(seen.inputs[0], seen.filtered.attention[0])
     legend = "above: the view; below: the purified teacher's attention; black none, orange an even share, white twice it"
     return pile(write_text("\n".join(lines), 1056), strip, views, write_text(legend, 1056))
 
@@ -1820,9 +1817,8 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
     folder = out / "explain"
     folder.mkdir(exist_ok=True)
     drawn, batch = some(usable, settings["explain"]), sorted(some(usable, 32), key=lambda i: clips[i].labels)
-    seen = see(drawn)
-    for n, i in enumerate(drawn):
-        save_image(draw_clip(job, seen, n, clips[i]), folder / f"clip-{clips[i].id.replace('/', '_')}.png")
+    for i in drawn:
+        save_image(draw_clip(job, see([i]), clips[i]), folder / f"clip-{clips[i].id.replace('/', '_')}.png")
     save_image(draw_batch(job, see(batch), data.labels(batch), saved["method"] == "xmkd"), folder / "batch.png")
     many = some(data.train, 250) + some(usable, 250) if settings["data"] != "demo" else some(data.train, 500)
     train = torch.tensor([clips[i].split == "train" for i in many])
@@ -1832,9 +1828,11 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
         matched = torch.tensor([shown == [*clips[i].labels] for i, (shown, _) in zip(many, truth)])
         noisy = torch.tensor([bool(mixed) for _, mixed in truth])
         groups = {"matched and clean": matched & ~noisy, "matched and noisy": matched & noisy, "mismatched": ~matched}
-    seen = see(many)
+    measures = [torch.stack([seen.filtered.gate.mean(1), seen.similarity.diag()])
+                for seen in (see(many[k:k + 64]) for k in range(0, len(many), 64))]
+    openness, similarity = torch.cat(measures, dim=1)
     table, picture = draw_groups({name: mask for name, mask in groups.items() if mask.any()}, {
-        "openness of the gate": seen.filtered.gate.mean(1), "similarity of student and teacher": seen.similarity.diag()})
+        "openness of the gate": openness, "similarity of student and teacher": similarity})
     save_image(picture, folder / "groups.png")
     console.say(f"{table}\n{len(drawn)} sheets of clips, batch.png and groups.png are in {folder}")
 
