@@ -1796,8 +1796,6 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
     """What --explain does: a sheet for each of N clips, one of a batch's matrices, one that compares groups of clips."""
     settings, data, spec, console = job
     source, clips = settings["checkpoint"], data.store.clips
-    if not saved["filter"] or saved["method"] not in ("mnf", "xmkd"):
-        raise InputError(f"--checkpoint {source} is of {saved['method']}, without a filter; give one of xmkd or mnf")
     check_classes(job, "checkpoint", saved)
     student = restore(job, "checkpoint", saved)
     teacher, _ = embed_clips(job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video")), cache)
@@ -2284,6 +2282,9 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         if "task" in given and given["task"] not in tasks:
             option = "eval" if "eval" in given else "checkpoint"
             raise InputError(f"--{option} {given[option]} is a checkpoint of --task {tasks[0]}, not of {given['task']}")
+    if "explain" in given and not (saved["filter"] and saved["method"] in ("mnf", "xmkd")):
+        raise InputError(f"--checkpoint {given['checkpoint']} is of {saved['method']}, without a filter; give one of "
+                         "xmkd or mnf")
     layout = "files" if "predict" in given else find_layout(given.get("data", inherited.get("data", "demo")))
     settings = {**DEFAULTS, **RECIPES.get(layout, {}), **inherited, **given}
     file = annotation_file(settings["data"]) if layout in ("annotation", "activitynet") else None
