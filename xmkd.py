@@ -1596,6 +1596,9 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes, data.train, data.eval)}"
     folder, done = agree((folder, (folder / "embeddings.pt").exists()))
     if not done:
+        if "explain" in settings:
+            console.warn(f"the checkpoint's teacher is not in {cache} and is made anew: the same one only from the same "
+                         "data, settings, program and number of threads; --cache names the folder of the run")
         folder.mkdir(parents=True, exist_ok=True)
         network, info = choose_teacher(job, folder, network)
         jobs = [(i, (spec.kind,)) for i in data.eval]
