@@ -1720,8 +1720,9 @@ def test_predict_gives_the_scores_of_an_evaluation_file_by_file(trained, media, 
     expected = {data.store.clips[i].video: dict(zip(data.classes, row.tolist())) for i, row in zip(data.eval, scores)}
     assert [r["file"] for r in results] == files and expected.keys() == set(files)
     for result in results:
-        assert list(result["top"].values()) == sorted(result["top"].values(), reverse=True)
-        assert result["top"] == pytest.approx(expected[result["file"]], abs=2e-6)
+        top = {best["name"]: best["score"] for best in result["top"]}
+        assert list(top.values()) == sorted(top.values(), reverse=True)
+        assert top == pytest.approx(expected[result["file"]], abs=2e-6)
 
 
 def test_predict_says_which_file_lacks_the_stream_and_names_the_others_tags(trained, media, tmp_path, capsys):
@@ -1733,7 +1734,7 @@ def test_predict_says_which_file_lacks_the_stream_and_names_the_others_tags(trai
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     assert re.fullmatch(r"  (0\.[5-9]\d\d|1\.000)  (high|low)", lines[lines.index(str(odd)) + 1])             # of two classes the likelier
-    assert lines[lines.index(str(sound)) + 1] == "  no video stream" and "  no such file" in lines[-1]
+    assert lines[lines.index(str(sound)) + 1] == "  error: no video stream" and "  error: no such file" in lines[-1]
     assert printed.err == "error: 2 of 3 files could not be used; the checkpoint is one for video\n"
     assert xmkd.main(["--predict", str(tmp_path), *command]) == 0                               # a folder: what has the stream
     assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("/")] == [str(odd)]
@@ -1747,7 +1748,7 @@ def test_predict_prints_any_file_name_and_wipes_the_progress_line(trained, tmp_p
     printed = capsys.readouterr().out
     assert printed.isascii() and json.loads(printed)[0]["file"] == str(odd)
     process = subprocess.run([sys.executable, xmkd.__file__, *command], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
-    assert process.returncode == 2 and "ünï\\udcff.mp4\n  cannot be decoded" in process.stdout.decode()
+    assert process.returncode == 2 and "ünï\\udcff.mp4\n  error: cannot be decoded" in process.stdout.decode()
     shutil.copy(xmkd.__file__, tmp_path / "clip.mp4")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert xmkd.main(["--predict", str(tmp_path / "clip.mp4"), *command[2:]]) == 2
@@ -1758,11 +1759,11 @@ def test_the_gallery_ranks_its_clips_and_leaves_the_file_itself_out(trained, med
     file = media / "val" / "low" / "1.mp4"
     assert xmkd.main(["--predict", str(file), "--gallery", str(media / "val"), "--checkpoint", str(trained / "media" / "best.pt"), "--json", "--topk", "50", "--workers", "0"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
-    assert set(result["top"]) == {str(p) for p in media.glob("val/*/*.mp4")} - {str(file)}
-    scores = list(result["top"].values())
+    assert {best["name"] for best in result["top"]} == {str(p) for p in media.glob("val/*/*.mp4")} - {str(file)}
+    scores = [best["score"] for best in result["top"]]
     assert scores == sorted(scores, reverse=True) and 0.9 < scores[0] <= 1
     assert xmkd.main(["--predict", str(file), "--gallery", str(media / "train" / "low" / "broken.mp4"), "--checkpoint", str(trained / "media" / "best.pt"), "--workers", "0"]) == 2
-    assert re.search("left out of the gallery: .*empty file.*\nerror: --gallery .* holds no clip with a video stream", capsys.readouterr().err)
+    assert re.search("1 clips are left out of the gallery; the first: .*empty file.*\nerror: --gallery .* holds no clip with video", capsys.readouterr().err)
 
 
 def test_long_files_are_scored_in_windows_and_averaged(trained, media, tmp_path, capsys):
@@ -1784,7 +1785,7 @@ def test_long_files_are_scored_in_windows_and_averaged(trained, media, tmp_path,
         each = [network.eval()(prepare(xmkd.read_frames(stream, w)[None], box)).logits.softmax(1)[0] for w in windows]
     assert xmkd.main(["--predict", str(tmp_path / "long.mp4"), "--checkpoint", checkpoint, "--json", "--workers", "0"]) == 0
     (result,) = json.loads(capsys.readouterr().out)
-    assert result["top"] == pytest.approx(dict(zip(["high", "low"], torch.stack(each).mean(0).tolist())), abs=2e-6)
+    assert {best["name"]: best["score"] for best in result["top"]} == pytest.approx(dict(zip(["high", "low"], torch.stack(each).mean(0).tolist())), abs=2e-6)
 
 
 @pytest.mark.parametrize("data", ["demo", "media"])
@@ -1841,10 +1842,29 @@ def test_a_checkpoint_without_a_filter_or_with_another_teacher_is_not_explained(
     assert "does not fit embeddings of" in capsys.readouterr().err
 
 
+def test_an_explanation_with_another_teacher_of_the_same_width_is_warned_about(trained, tmp_path, capsys):
+    saved = torch.load(trained / "demo" / "best.pt", weights_only=True)
+    n, width, size = saved["teacher"]
+    torch.save({**saved, "teacher": [n, width, 2 * size]}, tmp_path / "best.pt")
+    command = ["--cache", str(trained / "demo" / "cache"), "--workers", "0", "--explain", "1", "--checkpoint"]
+    assert xmkd.main([*command, str(tmp_path / "best.pt")]) == 0
+    assert "was trained with other teacher embeddings than these" in capsys.readouterr().err
+    assert (tmp_path / "explain" / "batch.png").exists()                                        # beside the checkpoint
+    torch.save(saved, tmp_path / "best.pt")
+    assert xmkd.main([*command, str(tmp_path / "best.pt")]) == 0 and capsys.readouterr().err == ""
+
+
+def test_a_reader_that_has_had_enough_is_no_error(trained, media):
+    command = [sys.executable, str(HERE / "xmkd.py"), "--predict", str(media / "val"), "--checkpoint", str(trained / "media" / "best.pt"), "--workers", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
+
+
 def test_groups_tell_how_often_one_of_the_first_is_higher():
     first = torch.tensor([True, True, False, False])
     text, picture = xmkd.draw_groups({"one": first, "other": ~first}, {"size": torch.tensor([3.0, 1.0, 2.0, 0.0])})
-    assert "other                  2 clips  1.000 ± 1.000  lower than one of the first with chance 0.75" in text
+    assert "other                  2 clips  1.000 ± 1.000  lower than one of the first group with chance 0.75" in text
     assert picture.shape[0] == 3 and picture.min() == 0 and picture.max() == 1
 
 
@@ -1873,7 +1893,7 @@ def test_curves_for_tensorboard_are_those_of_the_log_and_not_needed(tmp_path, me
     ("--predict a.mp4 --explain 2 --checkpoint {}", "--predict and --explain exclude each other"),
     ("--predict a.mp4 --checkpoint {} --resume", "--predict and --resume exclude each other"),
     ("--predict a.mp4 --checkpoint {} --task audio_tagging", "is a checkpoint of --task action_recognition, not of audio_tagging"),
-    ("--predict /etc --checkpoint {}", "no media file with a video stream under /etc")])
+    ("--predict /etc --checkpoint {}", "no media file with video under /etc")])
 def test_modes_that_make_no_sense_are_refused(trained, capsys, monkeypatch, tmp_path, arguments, says):
     path = tmp_path / "best.pt"
     shutil.copy(trained / "media" / "best.pt", path)

@@ -586,7 +586,10 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
 
 def to_picture(frame: Any, size: tuple[int, int] | int, scale: VideoReformatter, convert: VideoReformatter,
                planes: bool = False) -> Any:
-    """A decoded frame as one of PyAV in RGB, upright; with `planes` as JPEG has it, if alike; `size`: `decode_video`."""
+    """A decoded frame as one of PyAV, upright, in RGB, or with `planes` in JPEG's YUV 4:2:0 if it is 4:2:0 and upright.
+
+    size  as in `decode_video`
+    """
     turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4                # phones store the turn beside the picture
     sides = (frame.width, frame.height)
     if isinstance(size, int):
@@ -595,7 +598,7 @@ def to_picture(frame: Any, size: tuple[int, int] | int, scale: VideoReformatter,
         height, width = size if turns % 2 == 0 else size[::-1]
     like_jpeg = planes and not turns and frame.format.name in ("yuv420p", "yuvj420p")
     if frame.format.name.startswith("yuv"):                                     # scaled first: half the time
-        at_once = like_jpeg and frame.colorspace in (2, 5, 6)                   # JPEG's matrix, BT.601, or none given
+        at_once = like_jpeg and frame.colorspace in (2, 5, 6)                   # BT.601, which is JPEG's, or not given
         frame = scale.reformat(frame, width, height, "yuvj420p" if at_once else None, threads=1)
     form, matrix = "yuvj420p" if like_jpeg else "rgb24", Colorspace.ITU601
     frame = convert.reformat(frame, width, height, form, None, matrix, threads=1)
@@ -1146,7 +1149,7 @@ class Views(Dataset[Any]):
         return windows, torch.tensor([[x, y, width - x, height - y]]).expand(len(windows), 4)
 
 def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
-    """Views and boxes of all items of `Views`, number of views of each, the rest stacked; small frames' edges grow."""
+    """Views and boxes of all items of `Views`, number of views of each, the rest stacked; small frames' edges repeat."""
     views, boxes, *rest = map(list, zip(*items))
     counts = [len(view) for view in views]
     if len({view.shape[1:] for view in views}) > 1:
@@ -1404,6 +1407,10 @@ def take_up(out: Path, log: Path, about: dict[str, Any], own: bool) -> dict[str,
         os.replace(part, log)
     return saved
 
+def fingerprint(teacher: Tensor | None) -> list[float]:
+    """Numbers by which embeddings (N, D) are known again: shape and mean size; none without a teacher."""
+    return [] if teacher is None else [*teacher.shape, teacher.abs().mean().item()]
+
 def set_up(job: Job, method: str, seed: int,
            teacher: Tensor | None) -> tuple[nn.Module, nn.Module, nn.Module | None, torch.optim.Adam, dict[str, Any]]:
     """What a method trains, drawn from the seed: network, the same as `train_step` calls it, helper, optimizer, sizes."""
@@ -1429,7 +1436,7 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
     rates = [group["lr"] for group in optimizer.param_groups]
     prepare = Prepare(spec.size, settings["spec_augment"]).to(settings["device"])
     about = {"task": task, "method": method, "seed": seed, "classes": data.classes, "network": sizes,
-             "settings": settings, "processes": WORLD,
+             "settings": settings, "processes": WORLD, "teacher": fingerprint(teacher),
              "versions": {"xmkd": __version__, "torch": str(torch.__version__), "av": av.__version__}}
     name = method if spec.kind == STUDENT_KIND[task] else "teacher"                         # a teacher's folder is keyed
     out.mkdir(parents=True, exist_ok=True)
@@ -1574,7 +1581,7 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     modality, else zeros; `scores` of the latter, if it knows the classes; `info`. A file in `cache`, memory-mapped.
     """
     settings, data, spec, console = job
-    choice = settings["teacher"]
+    choice, reason = settings["teacher"], ""
     network: nn.Module | None = None
     if choice == "auto" and settings["data"] != "demo":
         reason = "torchaudio has no pretrained tagging network"
@@ -1585,8 +1592,6 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
                 reason = f"torchvision's r2plus1d_18 cannot be had ({error})"
         if agree(network is not None):
             network = network or KineticsTeacher()                      # process 0 has downloaded it
-        else:
-            console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
     file = choice not in ("auto", "scratch")
     source = hashlib.sha256(Path(choice).read_bytes()).hexdigest() if file else "Kinetics-400" if network else choice
     needs = [settings[name] for name in ("task", "seed", "teacher_epochs", "batch_size", "lr", "weight_decay", "width",
@@ -1596,6 +1601,8 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes, data.train, data.eval)}"
     folder, done = agree((folder, (folder / "embeddings.pt").exists()))
     if not done:
+        if reason and network is None:
+            console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
         if "explain" in settings:
             console.warn(f"the checkpoint's teacher is not in {cache} and is made anew: the same one only from the same "
                          "data, settings, program and number of threads; --cache names the folder of the run")
@@ -1635,14 +1642,14 @@ def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
 def predict_files(settings: dict[str, Any], saved: dict[str, Any]) -> None:
     """What --predict does: prints the likeliest classes of each file or, with --gallery, the clips nearest to it.
 
-    Raises InputError after the last file if any of them could not be used.
+    Raises InputError if there is nothing to look at, and after the last file if any of them could not be used.
     """
     kind, console = saved["network"]["kind"], Console(settings["quiet"] or settings["json"])
     def listed(paths: Sequence[str]) -> list[str]:
         found = [file for path in paths for file in (walk_media(path) if os.path.isdir(path) else [path])
                  if kind == "audio" or not is_sound_only(file) or file in paths]
         if paths and not found:
-            raise InputError(f"no media file with a {kind} stream under {', '.join(paths)}")
+            raise InputError(f"no media file with {kind} under {', '.join(paths)}")
         return found
     files, gallery = listed(settings["predict"]), listed([settings["gallery"]] if "gallery" in settings else [])
     names = saved["classes"] or [f"class {k}" for k in range(saved["network"]["num_classes"])]
@@ -1656,21 +1663,21 @@ def predict_files(settings: dict[str, Any], saved: dict[str, Any]) -> None:
         good = [i for i, reason in enumerate(reasons) if not reason]
         scores, embeddings = predict(job, network, good, label="predicting") if good else (torch.zeros(0, 0),) * 2
     if gallery:
-        for reason in filter(None, reasons[len(files):]):
-            console.warn(f"left out of the gallery: {reason}")
-        if all(reasons[len(files):]):
-            raise InputError(f"--gallery {settings['gallery']} holds no clip with a {kind} stream that can be read")
+        if bad := [*filter(None, reasons[len(files):])]:
+            console.warn(f"{len(bad)} clips are left out of the gallery; the first: {bad[0]}")
+        if len(bad) == len(gallery):
+            raise InputError(f"--gallery {settings['gallery']} holds no clip with {kind} that can be read")
         queries, names = sum(i < len(files) for i in good), [store.clips[i].id for i in good if i >= len(files)]
         scores = cosine_matrix(embeddings[:queries], embeddings[queries:])
     rows, results = iter(scores), []
     for file, reason in zip(files, reasons):
-        order = zip(*map(Tensor.tolist, next(rows).sort(descending=True))) if not reason else []
-        top = [(names[k], round(value, 6)) for value, k in order
+        order = [] if reason else zip(*map(Tensor.tolist, next(rows).sort(descending=True)))
+        top = [{"name": names[k], "score": round(value, 6)} for value, k in order
                if not gallery or os.path.realpath(names[k]) != os.path.realpath(file)][:settings["topk"]]
-        error = [reason.removeprefix(f"{file}: ")] if reason else []
-        results.append({"file": file, **({"error": error[0]} if error else {"top": dict(top)})})
+        error = reason.removeprefix(f"{file}: ")
+        results.append({"file": file, "error": error} if error else {"file": file, "top": top})
         if not settings["json"]:
-            lines = [*error, *(f"{value:.3f}  {name}" for name, value in top)]
+            lines = [f"error: {error}"] if error else [f"{best['score']:.3f}  {best['name']}" for best in top]
             print(console.clear + file, *(f"  {line}" for line in lines), sep="\n")
     if settings["json"]:
         print(json.dumps(results, indent=2))
@@ -1682,8 +1689,10 @@ def heat(values: Tensor) -> Tensor:
     return (3 * values.unsqueeze(-3) - torch.arange(3.0).view(3, 1, 1)).clamp(0, 1)
 
 def write_text(text: str, width: int) -> Tensor:
-    """Black text on white, wrapped: (3, 28 * lines, width) in 0..1; torchvision's font, twice its size."""
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, width // 9, subsequent_indent=" " * 4)]
+    """Black text on white, wrapped: (3, 28 * lines, width) in 0..1; torchvision's font, twice its size, which knows
+    Latin letters without accents only."""
+    lines = [part.replace(" ", "  ") for line in text.splitlines()             # its spaces are narrow
+             for part in textwrap.wrap(line, width // 11, subsequent_indent=" " * 3)]
     canvas = torch.full((3, 14 * len(lines), width // 2), 255, dtype=torch.uint8)
     drawn = draw_bounding_boxes(canvas, torch.zeros(1, 4), ["\n".join(lines)], "white", label_colors="black")
     return F.interpolate(drawn[None] / 255, scale_factor=2)[0]
@@ -1703,6 +1712,7 @@ def draw_attention(inputs: Tensor, attention: Tensor, width: int = 1056) -> Tens
         frames, side = inputs.shape[1:3]
         pictures = (inputs * Prepare().std + Prepare().mean).transpose(0, 1)
         weights = attention.view(math.ceil(frames / 8), math.ceil(side / 16), math.ceil(side / 16))
+        weights = F.interpolate(weights[None, None], scale_factor=(8, 16, 16))[0, 0, :frames, :side, :side]
         size = (width // max(4, min(8, frames)) - 4,) * 2
     else:                                                               # low pitch below
         inputs = inputs[:len(inputs) // 16 * 16]                        # pooling leaves the rest out
@@ -1737,18 +1747,18 @@ def look(job: Job, student: nn.Module, noise_filter: ModalityNoiseFilter, teache
                 ungated.cpu(), similarity.cpu())
 
 def draw_clip(job: Job, seen: Seen, clip: Clip) -> Tensor:
-    """A clip, seen alone: labels, predictions without and with the gate, its channels, where the attention lies."""
+    """A clip, seen alone: labels, predictions of student and filter, the gate's channels, where the attention lies."""
     data, settings, gate = job.data, job.settings, seen.filtered.gate[0]
     def top(values: Tensor, names: Sequence[Any], count: int) -> str:
         best = values.topk(min(count, len(values)))
         return ", ".join(f"{names[k]:.32} {value:.2f}" for value, k in zip(*map(Tensor.tolist, best)))
-    lines = [f"{clip.id}: {', '.join(data.classes[k] for k in clip.labels)}"]
+    lines = [settings["checkpoint"], f"{clip.id}: {', '.join(data.classes[k] for k in clip.labels)}"]
     if settings["data"] == "demo":
         shown, mixed = demo_truth(clip, settings["seed"], settings["noise"], settings["mismatch"])
         lines.append("its teacher modality holds " + (", ".join(data.classes[k] for k in shown) or "nothing")
                      + "".join(f"; mixed in: {data.classes[k]}" for k in mixed))
-    for name, logits in (("student", seen.features.logits), ("evidence for the raw teacher", seen.ungated),
-                         ("evidence for the purified teacher", seen.filtered.logits)):
+    for name, logits in (("student", seen.features.logits), ("filter, teacher as it is", seen.ungated),
+                         ("filter, teacher purified", seen.filtered.logits)):
         scores = logits[0].sigmoid() if data.tags else logits[0].softmax(0)
         lines.append(f"{name}:  {top(scores, data.classes, 3)}")
     channels = [str(k) for k in range(len(gate))]
@@ -1765,8 +1775,8 @@ def draw_batch(job: Job, seen: Seen, labels: Tensor, calibrate: bool) -> Tensor:
     offset, overlap = job.settings["csc_offset"], label_overlap(labels)
     temperature = seen.similarity.clamp_min(0) * calibrate + offset
     own, sharing = torch.eye(len(overlap)).bool(), overlap > 0
-    means = [f"{name} {seen.similarity[mask].mean():.2f}" for name, mask in
-             (("own pair", own), ("other pairs that share a label", sharing & ~own), ("the rest", ~sharing))]
+    kinds = {"own pair": own, "other pairs that share a label": sharing & ~own, "the rest": ~sharing}
+    means = [f"{name} {seen.similarity[mask].mean():.2f}" for name, mask in kinds.items() if mask.any()]
     side = 1056 // 3 - 10
     panels = [pile(write_text(title, side), F.interpolate(heat(values / most)[None], (side, side))[0])
               for title, values, most in (("similarity (0 to 1)", seen.similarity.clamp(0, 1), 1),
@@ -1788,7 +1798,7 @@ def draw_groups(groups: dict[str, Tensor], measures: dict[str, Tensor]) -> tuple
             text.append(f"  {name:18} {int(mask.sum()):>5} clips  {mean:.3f} ± {deviation:.3f}")
             if mask is not first:
                 chance = mean_auc(values[first | mask][:, None], first[first | mask][:, None])
-                text[-1] += f"  lower than one of the first with chance {chance:.2f}"
+                text[-1] += f"  lower than one of the first group with chance {chance:.2f}"
             counts = torch.histc(values[mask], 44, low, high)
             bars = torch.linspace(1, 0, 40)[:, None] >= counts / counts.max()                # black on white
             bars = F.interpolate(bars.float().expand(1, 3, -1, -1), (40, 1056))[0]
@@ -1808,6 +1818,8 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
     except RuntimeError as error:
         raise InputError(f"the filter in {source} does not fit embeddings of {teacher.shape[1]} numbers; give --teacher "
                          "or --teacher-features as it was trained with") from error
+    if "teacher" in saved and not np.allclose(fingerprint(teacher), saved["teacher"], rtol=1e-3):
+        console.warn(f"{source} was trained with other teacher embeddings than these; the sheets show little then")
     see = partial(look, job, student, noise_filter.to(settings["device"]), teacher)
     usable = [i for i in data.eval if teacher[i].any()]                 # the others lack the teacher's modality
     if not usable:
@@ -1835,7 +1847,7 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
     table, picture = draw_groups({name: mask for name, mask in groups.items() if mask.any()}, {
         "openness of the gate": openness, "similarity of student and teacher": similarity})
     save_image(picture, folder / "groups.png")
-    console.say(f"{table}\n{len(drawn)} sheets of clips, batch.png and groups.png are in {folder}")
+    console.say(f"{table}\n{len(drawn)} clip sheets, batch.png and groups.png are in {folder}")
 
 # ============================================== 12. Run support
 class Console:
@@ -2112,6 +2124,7 @@ RECIPES: dict[str, dict[str, Any]] = {                                  # what a
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},               # authors
     "demo": {"epochs": 15, "teacher_epochs": 14, "batch_size": 8, "lr": 1e-3, "width": 8, "frames": 4, "size": 32,
              "crop_area": 0.7, "spec_augment": False, "csc_offset": 0.3}}
+MODES = ("eval", "predict", "explain", "benchmark")                     # in place of training
 RUN_OPTIONS = {"out", "cache", "resume", "workers", "device", "quiet", "compare", "method", "seeds", "seed", "epochs",
                "max_skipped", "compile", "tensorboard",
                *(name for name, *_ in OPTIONS["instead of training"])}                   # may differ on --resume
@@ -2264,32 +2277,40 @@ def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> No
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         console.say(f"{method:10}" + "".join(f"{cell:>16}" for cell in cells))
 
-def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
-    """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint, if any."""
-    modes = ("eval", "predict", "explain", "benchmark")
+def check_modes(given: dict[str, Any], saved: dict[str, Any]) -> None:
+    """InputError if options contradict each other, need others, or the checkpoint cannot do what is asked."""
     for first, other in [("method", "compare"), ("teacher", "teacher_features"), ("benchmark", "compare"),
                          ("eval", "checkpoint"), ("eval", "teacher"), ("predict", "teacher"),
-                         *itertools.combinations(modes, 2),
-                         *itertools.product(modes[:3], ("compare", "method", "resume"))]:
+                         *itertools.combinations(MODES, 2),
+                         *itertools.product(MODES[:3], ("compare", "method", "resume"))]:
         if given.get(first) and given.get(other):
             raise InputError(f"--{first} and --{other} exclude each other; give one".replace("_", "-"))
     for one, others in {"checkpoint": ("predict", "explain"), "predict": ("checkpoint",), "explain": ("checkpoint",),
                         "gallery": ("predict",), "json": ("predict",), "topk": ("predict",)}.items():
         if given.get(one) and not given.keys() & {*others}:
             raise InputError(f"--{one} needs --{' or --'.join(others)}")
-    inherited = {name: value for name, value in saved.get("settings", {}).items()
-                 if name not in RUN_OPTIONS - {"seed"} | {"amp"}}
-    if saved:                                                           # a recognition student serves retrieval too
-        tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
-        inherited["task"] = given.get("task", saved["task"] or tasks[0])
-        if "task" in given and given["task"] not in tasks:
-            option = "eval" if "eval" in given else "checkpoint"
-            raise InputError(f"--{option} {given[option]} is a checkpoint of --task {tasks[0]}, not of {given['task']}")
     if "explain" in given and not (saved["filter"] and saved["method"] in ("mnf", "xmkd")):
         raise InputError(f"--checkpoint {given['checkpoint']} is of {saved['method']}, without a filter; give one of "
                          "xmkd or mnf")
+
+def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
+    """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint, if any.
+
+    The layout is `find_layout`'s, or "files" for --predict.
+    """
+    check_modes(given, saved)
+    inherited = {name: value for name, value in saved.get("settings", {}).items()
+                 if name not in (RUN_OPTIONS - {"seed"}) | {"amp"}}
+    if saved:                                                           # a recognition student serves retrieval too
+        tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
+        inherited["task"] = given.get("task", saved["task"] or tasks[0])
+        if inherited["task"] not in tasks:
+            option = "eval" if "eval" in given else "checkpoint"
+            raise InputError(f"--{option} {given[option]} is a checkpoint of --task {tasks[0]}, not of {given['task']}")
     layout = "files" if "predict" in given else find_layout(given.get("data", inherited.get("data", "demo")))
     settings = {**DEFAULTS, **RECIPES.get(layout, {}), **inherited, **given}
+    if saved:
+        settings["width"] = saved["network"]["width"]
     file = annotation_file(settings["data"]) if layout in ("annotation", "activitynet") else None
     if str(file).endswith("annotation.json") and not saved and "teacher" not in given:
         if any(walk_files(settings["data"], ".npy")):                   # the authors' release brings them
@@ -2311,7 +2332,7 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     settings.setdefault("class_balanced", layout == "audioset" and settings["split"] != "balanced")
     if settings["mixup"] and settings["task"] != "audio_tagging":
         raise InputError(f"--mixup mixes tags, and --task {settings['task']} has one label a clip; leave it out")
-    if WORLD > 1 and (alone := next((mode for mode in modes[1:] if settings.get(mode)), None)):
+    if WORLD > 1 and (alone := next((mode for mode in MODES[1:] if settings.get(mode)), None)):
         raise InputError(f"--{alone} is for one process; start it without torchrun")
     if settings["batch_size"] % WORLD and not saved:
         raise InputError(f"--batch-size {settings['batch_size']} is not a multiple of the {WORLD} processes; make it one")
@@ -2431,11 +2452,13 @@ def run(given: dict[str, Any]) -> None:
     if "predict" in settings:
         predict_files(settings, saved)
         return
-    mode = next((mode for mode in ("eval", "explain", "benchmark") if settings.get(mode)), "train")
+    mode = next((mode for mode in MODES if settings.get(mode)), "train")
     label = mode if mode != "train" else methods[0] if len(methods) == 1 else "compare"
     source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
-    out = Path(settings.get("out", f"runs/{settings['task']}-{source}-{label}-s{settings['seed']}"))
+    default = f"runs/{settings['task']}-{source}-{label}-s{settings['seed']}"
+    out = Path(settings.get("out", Path(checkpoint).parent if checkpoint and mode == "explain" else default))
     near = [folder / "cache" for folder in Path(checkpoint).absolute().parents[:2]] if checkpoint else []
+    near += [Path(saved["settings"]["cache"])] if "cache" in saved.get("settings", {}) else []
     cache = Path(settings.get("cache", next((folder for folder in near if folder.exists()), out / "cache")))
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:                             # free again when the process ends
@@ -2468,6 +2491,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text if WORLD == 1 else f"[{RANK}] {text}", file=sys.stderr)
     try:
         run(vars(build_parser().parse_args(argv)))
+    except BrokenPipeError:                                             # whoever reads has had enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (InputError, OSError) as error:
         tell(f"error: {str(error).strip().splitlines()[-1]}")           # a worker's error carries its traceback
         return 2
