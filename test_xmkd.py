@@ -2359,12 +2359,9 @@ def test_readme_commands_run_in_order_on_tiny_data(tmp_path, monkeypatch, capsys
 
 
 def test_readme_examples_run_and_print_what_they_say(capsys):
-    examples = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
-    assert len(examples) == 4
-    for example in examples:
-        assert len(example.splitlines()) <= 5
-        exec(compile(example, "README.md", "exec"), {})
-        assert capsys.readouterr().out.strip() == re.search(r"# (torch.Size.*|1\.0)$", example, re.M)[1]
+    (example,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*  # (.*)$", example, re.M) and example.count("print(") == 4
 
 
 def test_the_module_runs_as_a_program():

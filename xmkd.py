@@ -1035,10 +1035,10 @@ class ClipStore(Dataset[Any]):
 
     def stream(self, i: int, kind: str) -> np.ndarray:
         """(samples,) int16, or frames (T, ...) for `read_frames`. InputError: clip i cannot be decoded."""
-        file = self.folder and self.folder / "clips" / (name := self.key(i, kind))[:2] / f"{name}.npy"
-        if file and file.exists():
-            with suppress(ValueError, EOFError):                        # damaged since: decoded again
-                return np.load(str(file), mmap_mode="r")                # of a Path, NumPy would look up all folders
+        file = self.folder and f"{self.folder}/clips/{(name := self.key(i, kind))[:2]}/{name}.npy"       # no Path: faster
+        with suppress(FileNotFoundError, ValueError, EOFError):         # not there yet, or damaged since
+            if file:
+                return np.load(file, mmap_mode="r")
         try:
             content = self.load(self.clips[i], kind)
             array = (content.clamp(-1, 1).mul_(32767).round_().short().numpy() if kind == "audio" else
@@ -1048,8 +1048,8 @@ class ClipStore(Dataset[Any]):
         except Exception as error:                                      # whatever it is, the clip cannot be used
             raise InputError(f"{type(error).__name__}: {error}") from error
         if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write(file, array)
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
+            write(Path(file), array)
         return array
 
     def __getitem__(self, job: tuple[int, Sequence[str]]) -> tuple[int, list[int], int, str]:
