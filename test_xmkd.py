@@ -804,8 +804,14 @@ def test_audioset_list_errors_name_file_and_line(tmp_path, row, says):
         xmkd.read_audioset(root)
 
 
+def test_a_quote_that_is_never_closed_swallows_no_row_of_an_audioset_list(tmp_path):
+    (tmp_path / "x.csv").write_text('"aaaaaaaaaa0, 0, 10, /m/1\naaaaaaaaaa1, 0, 10, "/m/1\naaaaaaaaaa2, 0, 10, "/m/1"\n')
+    rows = [*xmkd.read_segments(str(tmp_path / "x.csv"), "train", {"/m/1": 0})]
+    assert [(place[-2:], clip.id) for place, clip in rows] == [(f":{k + 1}", f"aaaaaaaaaa{k}") for k in range(3)]
+
+
 @pytest.mark.parametrize("row, says", [
-    ("\"aaaaaaaaaa0, 0, 10, /m/1\n" + "bbbbbbbbbb1, 0, 10, /m/1\n" * 9000, ":[0-9]+: field larger than .*a quote that is opened"), ("aaaaaaaaaa0, nan, 10, /m/1\n", ":1: expected"),
+    ("aaaaaaaaaa0, nan, 10, /m/1\n", ":1: expected"), ("aaaaaaaaaa0, 0, 10, /m/1\n" + "x" * 10 ** 6, ":2: expected .{,500}mend"),
     ("aaaaaaaaaa0; 0; 10; /m/1\n", ":1: expected"), ("aaaaaaaaaa0, 0, inf, /m/1\n", ":1: expected"), ('aaaaaaaaaa0, 0, 10, "/m/1\n"\nshort, 0, 10, /m/1\n', ":3: expected")])
 def test_audioset_lists_that_cannot_be_read_name_the_line_of_the_file(tmp_path, row, says):
     root = audioset(tmp_path)
