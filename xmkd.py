@@ -2504,7 +2504,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tell("error: out of memory; lower --batch-size, --frames, --size, --seconds or --width")
         return 2
     except KeyboardInterrupt as stop:
-        tell("\ninterrupted; the same command with --resume goes on from the last epoch")
+        tell("\ninterrupted; training goes on from its last epoch with the same command and --resume")
         return stop.args[0] if stop.args else 130
     finally:
         if dist.is_initialized():
@@ -2517,6 +2517,7 @@ def terminate(*_: Any) -> NoReturn:
 
 
 if __name__ == "__main__":
+    sys.stdout = sys.stdout or open(os.devnull, "w")                    # None if closed
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]     # file names may hold any bytes
     if RANK == 0:                                                       # the others just end
         signal.signal(signal.SIGTERM, terminate)
