@@ -2352,14 +2352,14 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
 def check_classes(job: Job, option: str, saved: dict[str, Any]) -> None:
     """InputError if the checkpoint that `option` names knows other classes than the data set has."""
     checkpoint, classes = f"--{option} {job.settings[option]}", job.data.classes
-    if saved["classes"] is None:                                        # the authors' or PANNs'
-        job.console.warn(f"{checkpoint} does not name its classes; their order is taken to be {classes[0]}, ... "
-                         f"{classes[-1]}; the authors' ActivityNet weights need their annotation.json in --data")
     known, count = saved["classes"], saved["network"]["num_classes"]
     named = f" ({', '.join(known[:3])}, ...)" if known else ""
     if classes != (known or classes) or len(classes) != count:
         raise InputError(f"{checkpoint} knows {count} classes{named}, {job.settings['data']} has {len(classes)} "
                          f"({', '.join(classes[:3])}, ...); give --data with the classes that it was trained on")
+    if known is None:                                        # the authors' or PANNs'
+        job.console.warn(f"{checkpoint} does not name its classes; their order is taken to be {classes[0]}, ... "
+                         f"{classes[-1]}; the authors' ActivityNet weights need their annotation.json in --data")
 
 def evaluate(job: Job, saved: dict[str, Any], out: Path) -> None:
     """What --eval does. InputError if the checkpoint is of the teacher's modality or of other classes."""
