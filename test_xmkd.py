@@ -1860,6 +1860,13 @@ def test_an_explanation_with_another_teacher_of_the_same_width_is_warned_about(t
     assert xmkd.main([*command, str(tmp_path / "best.pt")]) == 0 and capsys.readouterr().err == ""
 
 
+def test_a_fingerprint_reads_a_thousand_embeddings_of_a_million_and_tells_teachers_apart():
+    teacher = rand(1, 4).expand(10 ** 6, 4)                                                     # takes no memory, like a file that is mapped
+    assert xmkd.fingerprint(None) == [] and xmkd.fingerprint(teacher)[:2] == [10 ** 6, 4]
+    assert xmkd.fingerprint(rand(10, 4))[2] == pytest.approx(rand(10, 4).mean().item())
+    assert not np.allclose(xmkd.fingerprint(rand(5000, 4)), xmkd.fingerprint(rand(5000, 4) * 1.01), rtol=1e-3)
+
+
 def test_a_reader_that_has_had_enough_is_no_error(trained, media):
     command = [sys.executable, str(HERE / "xmkd.py"), "--predict", str(media / "val"), "--checkpoint", str(trained / "media" / "best.pt"), "--workers", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
