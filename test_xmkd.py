@@ -1423,12 +1423,12 @@ def test_a_run_killed_at_any_moment_and_resumed_equals_one_straight_run(tmp_path
     for _ in range(60):
         process = subprocess.Popen(command("killed"), env=environment)
         try:
-            assert process.wait(timeout=duration * delays.uniform(0.3, 0.7) * 1.1 ** kills) == 0   # longer each time: a machine that slows down gets there too
+            assert process.wait(timeout=duration * delays.uniform(0.3, 0.7) * 1.2 ** max(0, kills - 10)) == 0   # longer after ten: a machine that slows down gets there too
             break
         except subprocess.TimeoutExpired:
             process.kill(), process.wait()
             kills += 1
-    assert kills >= 2 and process.returncode == 0
+    assert kills >= 1 and process.returncode == 0
     a, b = (xmkd.load_checkpoint(tmp_path / name / "last.pt") for name in ("straight", "killed"))
     assert a["epoch"] == b["epoch"] == 20 and all(torch.equal(a[part][k], b[part][k]) for part in ("student", "filter") for k in a[part])
     rows = [[{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("straight", "killed")]
