@@ -696,20 +696,25 @@ def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]],
 
     owners  keys of `listed` that a file name stands for.  Raises InputError, with three of each, where none has a file.
     """
-    media, sound, picture = walk_media(root), dict[str, str](), dict[str, str]()
+    media, clips = walk_media(root), dict(listed)
     for path in media:
         for key in owners(path.rpartition("/")[2]):
-            (sound if is_sound_only(path) else picture).setdefault(key, path)              # of copies the first
-    sound = {key: path for key, path in picture.items() if not path.lower().endswith(".hdf5")} | sound  # HDF5 is mute
-    found = picture | sound
+            _, _, _, audio, video, *_ = clip = clips[key]                                  # of copies the first counts
+            if not is_sound_only(path):
+                mute = path.lower().endswith(".hdf5")
+                audio, video = (audio, video) if video else (audio or (None if mute else path), path)
+            elif audio == video:                                                           # none yet, or the picture's
+                audio = path
+            clips[key] = Clip._make((*clip[:3], audio, video, *clip[5:]))                   # _replace is slow
+    found = [clip for clip in clips.values() if clip.audio or clip.video]
     if not found:
         first, seen = (", ".join(map(os.path.basename, names[:3])) or "none" for names in ([*listed], media))
         raise InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: {first}; "
                          f"files seen: {seen}; names must agree")
     if skipped is not None:
-        skipped += [(listed[key].id, "missing: listed, but no file has its name") for key in listed if key not in found]
-    return [Clip._make((name, labels, split, sound.get(key), picture.get(key), start, end, cut))      # _replace is slow
-            for key, (name, labels, split, _, _, start, end, cut) in listed.items() if key in found]
+        skipped += [(clip.id, "missing: listed, but no file has its name") for clip in clips.values()
+                    if not (clip.audio or clip.video)]
+    return found
 
 def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
     """("file:line", fields) of each row of a list in CSV."""
@@ -722,18 +727,20 @@ def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
 
 def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[tuple[str, Clip]]:
     """("file:line", clip) of an AudioSet list, `id, start, end, "mid,mid"`; tolerates what editors do to such files."""
+    labels_of: dict[str, tuple[int, ...]] = {}                          # few of two million rows have others' labels
     with open(table, encoding="utf-8-sig", errors="replace") as file:
         for n, line in enumerate(file, 1):                              # quotes say nothing here, and csv takes longer
-            fields = [*filter(None, map(str.strip, line.replace('"', "").split(",")))]
-            if not fields or fields[0].startswith("#"):
+            if line[0] == "#" or not line.strip('", \n'):
                 continue
             try:
-                ytid, start, end, mids = fields[0], float(fields[1]), float(fields[2]), fields[3:]
-                if not (len(ytid) == 11 and 0 <= start < end < math.inf and mids):
+                ytid, begin, stop, mids = line.replace('"', "").split(",", 3)
+                if mids not in labels_of:
+                    labels_of[mids] = tuple(sorted({index_of[mid.strip()] for mid in mids.split(",") if mid.strip()}))
+                ytid, start, end = ytid.strip(), float(begin), float(stop)
+                if not (len(ytid) == 11 and 0 <= start < end < math.inf and labels_of[mids]):
                     raise ValueError
-                labels = tuple(sorted({index_of[mid] for mid in mids})) if len(mids) > 1 else (index_of[mids[0]],)
-                yield f"{table}:{n}", Clip._make((ytid, labels, split, None, None, start, end, None))
-            except (ValueError, IndexError):
+                yield f"{table}:{n}", Clip._make((ytid, labels_of[mids], split, None, None, start, end, None))
+            except ValueError:
                 raise InputError(f"{table}:{n}: expected 'id, start, end, \"label,label\"' with 11 characters of id, "
                                  f"0 <= start < end, got {line.strip()[:200]!r}; mend or remove the line") from None
             except KeyError as error:
