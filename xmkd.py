@@ -606,15 +606,9 @@ def to_picture(frame: Any, size: tuple[int, int] | int, scale: VideoReformatter,
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns)), "rgb24")
     return frame
 
-def decode_video(path: str | Path, start: float = 0.0, end: float | None = None, fps: float = 4.0,
-                 size: tuple[int, int] | int = (128, 171), planes: bool = False) -> Any:
-    """Frames of the file's best video stream at a fixed rate: (T, 3, H, W) uint8 RGB, T = ceil(seconds * fps).
-
-    start, end  seconds on the file's own clock; end=None reads to its end.   fps  frame k is shown at start + k / fps.
-    size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1).
-    planes  a list of T frames of PyAV instead, which `pack_frames` need not convert from RGB.
-    Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
-    """
+def decode_pictures(path: str | Path, start: float, end: float | None, fps: float, size: tuple[int, int] | int,
+                    planes: bool = True) -> list[Any]:
+    """What `decode_video` returns, as T frames of PyAV: `to_picture`'s, as `pack_frames` likes them if `planes`."""
     pictures: list[Any] = []
     reformatters, seconds = (VideoReformatter(), VideoReformatter()), start
     with open_media(path, "video") as stream:
@@ -629,8 +623,17 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
                 size = picture.height, picture.width                            # the shape of all, even if it changes
                 check_room("video", len(pictures) / fps, 3 * math.prod(size) * fps)
         check_length(stream, start, end, seconds + period - start if pictures else 0.0)
-    if planes:
-        return pictures
+    return pictures
+
+def decode_video(path: str | Path, start: float = 0.0, end: float | None = None, fps: float = 4.0,
+                 size: tuple[int, int] | int = (128, 171)) -> Tensor:
+    """Frames of the file's best video stream at a fixed rate: (T, 3, H, W) uint8 RGB, T = ceil(seconds * fps).
+
+    start, end  seconds on the file's own clock; end=None reads to its end.   fps  frame k is shown at start + k / fps.
+    size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1).
+    Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
+    """
+    pictures = decode_pictures(path, start, end, fps, size, planes=False)
     frames = np.empty((len(pictures), pictures[0].height, pictures[0].width, 3), np.uint8)
     for row, picture in zip(frames, pictures):                                  # not stacked: that takes memory twice
         row[:] = picture.to_ndarray()
@@ -912,7 +915,7 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
                 planes: bool = False) -> Any:
     """One stream of a clip: "audio" -> (samples,) float32 at 32 kHz, "video" -> (T, 3, H, W) uint8. Raises InputError.
 
-    planes  as in `decode_video`; HDF5 always gives RGB.
+    planes  frames as a list of PyAV's, which `pack_frames` need not convert from RGB; of HDF5 always RGB.
     The file may be the whole video or already cut; unless the clip tells, the duration does: cut where it is nearer to
     the segment's than to its end.
     """
@@ -928,7 +931,9 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
             duration = (stream.container.duration or 0) / av.time_base
         if 0 < duration <= end - start + 0.5 or (0 < duration < end and duration + start < 2 * end - duration):
             start, end = 0.0, end - start
-    return decode_audio(path, start, end) if kind == "audio" else decode_video(path, start, end, fps, size, planes)
+    if kind == "audio":
+        return decode_audio(path, start, end)
+    return (decode_pictures if planes else decode_video)(path, start, end, fps, size)
 
 # ============================================== 6. Demo data (made from the seed; no files)
 def demo_clips(tags: bool, train: int = 480, evaluation: int = 240) -> tuple[list[Clip], list[str]]:
@@ -1017,9 +1022,8 @@ def read_frames(stream: np.ndarray, window: Sequence[int]) -> Tensor:
     frames = stream[wanted]
     codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()       # made once: half the time
     codec.thread_count = 1
-    images = [codec.decode(av.Packet(jpeg.tobytes()))[0] for jpeg in frames]
-    frames = np.stack([reformatter.reformat(image, format="rgb24", threads=1).to_ndarray() for image in images])
-    frames = frames.transpose(0, 3, 1, 2)
+    frames = np.stack([reformatter.reformat(codec.decode(av.Packet(jpeg.tobytes()))[0], format="rgb24",
+                                            threads=1).to_ndarray() for jpeg in frames]).transpose(0, 3, 1, 2)
     return torch.from_numpy(frames if len(wanted) == len(window) else frames[places])
 
 class ClipStore(Dataset[Any]):
