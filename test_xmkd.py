@@ -807,7 +807,7 @@ def test_audioset_list_errors_name_file_and_line(tmp_path, row, says):
 def test_a_quote_that_is_never_closed_swallows_no_row_of_an_audioset_list(tmp_path):
     (tmp_path / "x.csv").write_text('"aaaaaaaaaa0, 0, 10, /m/1\naaaaaaaaaa1, 0, 10, "/m/1\naaaaaaaaaa2, 0, 10, "/m/1"\n')
     rows = [*xmkd.read_segments(str(tmp_path / "x.csv"), "train", {"/m/1": 0})]
-    assert [(place[-2:], clip.id) for place, clip in rows] == [(f":{k + 1}", f"aaaaaaaaaa{k}") for k in range(3)]
+    assert [(place[-2:], clip.id) for _, place, clip in rows] == [(f":{k + 1}", f"aaaaaaaaaa{k}") for k in range(3)]
 
 
 @pytest.mark.parametrize("row, says", [

@@ -49,7 +49,7 @@ import time
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from fractions import Fraction
@@ -491,7 +491,7 @@ class Prepare(nn.Module):
 def open_media(path: str | Path, kind: str) -> Iterator[Any]:
     """The stream of `kind` ("audio", "video") that FFmpeg deems best in a local file, gzipped or not; on one thread.
 
-    What is wrong with the file, here or in the block that reads it, is an InputError that begins with its path.
+    Whatever goes wrong, here or in the block that reads it, is an InputError that begins with the file's path.
     """
     name = os.fspath(path)
     av.logging.set_level(None)                                                  # FFmpeg's own messages name no file
@@ -500,16 +500,16 @@ def open_media(path: str | Path, kind: str) -> Iterator[Any]:
             raise InputError("not a regular file" if os.path.exists(name) else "no such file, or a link to none")
         if os.path.getsize(name) == 0:
             raise InputError("empty file (0 bytes)")
-        with gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file:
-            alone = {"protocol_whitelist": ""}                  # a playlist may name further files, addresses and ports
-            with av.open(file, "r", options=alone, metadata_errors="replace") as container:
-                stream: Any = container.streams.best(kind)  # type: ignore[arg-type]
-                if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
-                    raise InputError(f"no {kind} stream")                       # a cover picture is no video
-                if stream.codec_context is None:
-                    raise InputError(f"its {kind} is in a codec that FFmpeg does not know; convert it")
-                stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-                yield stream
+        alone = {"protocol_whitelist": ""}                      # a playlist may name further files, addresses and ports
+        with (gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file,
+              av.open(file, "r", options=alone, metadata_errors="replace") as container):
+            stream: Any = container.streams.best(kind)  # type: ignore[arg-type]
+            if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
+                raise InputError(f"no {kind} stream")                           # a cover picture is no video
+            if stream.codec_context is None:
+                raise InputError(f"its {kind} is in a codec that FFmpeg does not know; convert it")
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            yield stream
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except Exception as error:                                          # a dozen kinds, by what is wrong with the file
@@ -545,8 +545,8 @@ def check_length(stream: Any, start: float, end: float | None, got: float) -> No
         with suppress(ValueError):
             total = np.dot([*map(float, stream.metadata.get("DURATION", "").split(":"))], [3600, 60, 1])
         total -= (container.start_time or 0) / av.time_base
-    promised = 0.0 if container.format.name in ("mp3", "aac") else min(total, end or total) - start     # those guess it
-    if got < promised - max(0.3, 0.1 * promised):
+    promised = min(total, end or total) - start
+    if got < promised - max(0.3, 0.1 * promised) and container.format.name not in ("mp3", "aac"):       # those guess it
         raise InputError(f"truncated, {got:.1f} of {promised:.1f} s of {stream.type} decoded")
 
 def check_room(kind: str, seconds: float, rate: float) -> None:
@@ -561,8 +561,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
     start, end  seconds on the file's own clock; end=None reads to its end.   rate  Hz.
     Raises InputError: unreadable, no audio stream, nothing in the range, shorter than the header promises (but for WAV).
     """
-    pieces: list[Any] = []
-    first = None
+    first, pieces = None, list[Any]()
     with open_media(path, "audio") as stream:
         layout = lambda item: (item[1].format.name, item[1].layout.name, item[1].sample_rate)   # can change in mid-stream
         for _, group in itertools.groupby(timed_frames(stream, start, end), layout):
@@ -575,33 +574,29 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
                 pieces += resampler.resample(queue.read()) if queue.samples > 16384 else []     # few calls: faster
             pieces += resampler.resample(queue.read()) if queue.samples else []
             pieces += resampler.resample(None)
-        late = round(((start if first is None else first) - start) * rate)     # a late start is preceded by silence
-        silence, begin = np.zeros(max(late, 0), np.float32), max(-late, 0)
+        late = 0 if first is None else round((first - start) * rate)            # a late start is preceded by silence
+        silence = np.zeros(max(late, 0), np.float32)
         samples = np.concatenate([silence, *(np.frombuffer(p.planes[0], np.float32, p.samples) for p in pieces)])
-        samples = samples[begin:None if end is None else begin + round((end - start) * rate)]
+        samples = samples[max(-late, 0):][:None if end is None else round((end - start) * rate)]
         check_length(stream, start, end, len(samples) / rate)
         if not np.isfinite(samples).all():
             raise InputError("its audio holds numbers that are infinite, or none at all (NaN); mend or convert it")
     return torch.from_numpy(samples)
 
-def to_picture(frame: Any, size: tuple[int, int] | int, scale: VideoReformatter, convert: VideoReformatter,
-               planes: bool = False) -> Any:
-    """A decoded frame as one of PyAV, upright, in RGB, or with `planes` in JPEG's YUV 4:2:0 if it is 4:2:0 and upright.
-
-    size  as in `decode_video`
-    """
-    turns = round((getattr(frame, "rotation", 0) or 0) / 90) % 4                # phones store the turn beside the picture
-    sides = (frame.width, frame.height)
+def to_picture(frame: Any, size: tuple[int, int] | int, scale: Any, convert: Any, planes: bool = False) -> Any:
+    """A frame upright, in `decode_video`'s size, in RGB, or with `planes` in JPEG's YUV 4:2:0 if it came upright in it."""
+    turns = round(frame.rotation / 90) % 4                                      # phones store the turn beside the picture
     if isinstance(size, int):
-        width, height = (round(size * min(side / min(sides), 4)) for side in sides)
+        sides = (frame.height, frame.width)
+        height, width = (round(size * min(side / min(sides), 4)) for side in sides)
     else:
-        height, width = size if turns % 2 == 0 else size[::-1]
+        height, width = size[::-1] if turns % 2 else size
     like_jpeg = planes and not turns and frame.format.name in ("yuv420p", "yuvj420p")
     if frame.format.name.startswith("yuv"):                                     # scaled first: half the time
         at_once = like_jpeg and frame.colorspace in (2, 5, 6)                   # BT.601, which is JPEG's, or not given
         frame = scale.reformat(frame, width, height, "yuvj420p" if at_once else None, threads=1)
-    form, matrix = "yuvj420p" if like_jpeg else "rgb24", Colorspace.ITU601
-    frame = convert.reformat(frame, width, height, form, None, matrix, threads=1)
+    form = "yuvj420p" if like_jpeg else "rgb24"
+    frame = convert.reformat(frame, width, height, form, None, Colorspace.ITU601, threads=1)
     if turns or (planes and not like_jpeg):             # a new frame has not the tags that would change colours in JPEG
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns)), "rgb24")
     return frame
@@ -640,10 +635,7 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> Tensor:
-    """Frames of the authors' HDF5 files (dataset `video`, one JPEG a frame) as they are: (T, 3, H, W) uint8 RGB.
-
-    size as in `decode_video`. Raises InputError: h5py is not installed, or the file is not of this kind.
-    """
+    """Frames of an authors' HDF5 file (dataset `video`, a JPEG each), otherwise as `decode_video`. Raises InputError."""
     try:
         import h5py
     except ImportError as error:
@@ -657,7 +649,7 @@ def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> T
             frames = [codec.decode(av.Packet(np.asarray(jpeg, np.uint8).tobytes()))[0] for jpeg in file["video"]]
         pictures = np.stack([to_picture(frame, size, *reformatters).to_ndarray() for frame in frames])
         return torch.from_numpy(pictures).permute(0, 3, 1, 2)
-    except (OSError, KeyError, TypeError, ValueError, IndexError, av.error.FFmpegError) as error:
+    except Exception as error:
         raise InputError(f"{path}: no HDF5 file with a JPEG a frame in `video` ({error})") from error
 
 # ============================================== 5. Data sets
@@ -693,43 +685,36 @@ def walk_media(root: str | Path) -> list[str]:
     pictures = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".hdf5")
     return sorted(path for path in walk_files(root) if path.lower().endswith(pictures) or is_sound_only(path))
 
-def match_files(listed: dict[str, Clip], owners: Callable[[str], Sequence[str]], root: str | Path,
-                skipped: list[tuple[str, str]] | None) -> list[Clip]:
-    """The listed clips with their files under `root`; sound and picture may be two. Those without go to `skipped`.
+def match_files(rows: Iterable[tuple[str, str, Clip]], names: Callable[[str], Iterable[str]], root: str | Path,
+                skipped: list[tuple[str, str]] | None, most: int | None = 1) -> list[Clip]:
+    """The clips of all (key, "file:line", clip) with their files under `root`, one or two each; else in `skipped`.
 
-    owners  keys of `listed` that a file name stands for.  Raises InputError, with three of each, where none has a file.
+    names  keys that a file name may stand for; it belongs to the first `most` listed.  InputError if no clip has a file.
     """
-    media, clips = walk_media(root), dict(listed)
+    skipped, listed = [] if skipped is None else skipped, dict[str, Clip]()
+    for key, place, clip in rows:
+        if listed.setdefault(key, clip) is not clip:
+            skipped.append((f"{clip.id} ({place})", "listed twice; the first row counts"))
+    media = walk_media(root)
     for path in media:
-        for key in owners(path.rpartition("/")[2]):
-            _, _, _, audio, video, *_ = clip = clips[key]                                  # of copies the first counts
-            if not is_sound_only(path):
-                mute = path.lower().endswith(".hdf5")
-                audio, video = (audio, video) if video else (audio or (None if mute else path), path)
-            elif audio == video:                                                           # none yet, or the picture's
-                audio = path
-            clips[key] = Clip._make((*clip[:3], audio, video, *clip[5:]))                   # _replace is slow
-    found = [clip for clip in clips.values() if clip.audio or clip.video]
+        for key in itertools.islice(filter(listed.__contains__, names(path.rpartition("/")[2])), most):
+            _, _, _, audio, video, *_ = clip = listed[key]                                 # of copies the first counts
+            if is_sound_only(path):
+                audio = path if audio in (None, video) else audio
+            elif not video:
+                video, audio = path, audio or (None if path.lower().endswith(".hdf5") else path)
+            listed[key] = Clip._make((*clip[:3], audio, video, *clip[5:]))                  # _replace is slow
+    found = [clip for clip in listed.values() if clip.audio or clip.video]
     if not found:
-        first, seen = (", ".join(map(os.path.basename, names[:3])) or "none" for names in ([*listed], media))
+        first, seen = (", ".join(map(os.path.basename, some[:3])) or "none" for some in ([*listed], media))
         raise InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: {first}; "
                          f"files seen: {seen}; names must agree")
-    if skipped is not None:
-        skipped += [(clip.id, "missing: listed, but no file has its name") for clip in clips.values()
-                    if not (clip.audio or clip.video)]
+    skipped += [(clip.id, "missing: listed, but no file has its name") for clip in listed.values()
+                if not (clip.audio or clip.video)]
     return found
 
-def read_rows(table: str) -> Iterator[tuple[str, list[str]]]:
-    """("file:line", fields) of each row of a list in CSV."""
-    with open(table, newline="", encoding="utf-8-sig", errors="replace") as file:
-        reader = csv.reader(file, skipinitialspace=True)
-        try:
-            yield from ((f"{table}:{reader.line_num}", row) for row in reader)
-        except csv.Error as error:
-            raise InputError(f"{table}:{reader.line_num}: {error}; a quote that is opened and not closed?") from error
-
-def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[tuple[str, Clip]]:
-    """("file:line", clip) of an AudioSet list, `id, start, end, "mid,mid"`; tolerates what editors do to such files."""
+def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[tuple[str, str, Clip]]:
+    """Rows for `match_files` of an AudioSet list, `id, start, end, "mid,mid"`, whatever an editor did to its quotes."""
     labels_of: dict[str, tuple[int, ...]] = {}                          # few of two million rows have others' labels
     with open(table, encoding="utf-8-sig", errors="replace") as file:
         for n, line in enumerate(file, 1):                              # quotes say nothing here, and csv takes longer
@@ -742,7 +727,7 @@ def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[
                 ytid, start, end = ytid.strip(), float(begin), float(stop)
                 if not (len(ytid) == 11 and 0 <= start < end < math.inf and labels_of[mids]):
                     raise ValueError
-                yield f"{table}:{n}", Clip._make((ytid, labels_of[mids], split, None, None, start, end, None))
+                yield ytid, f"{table}:{n}", Clip._make((ytid, labels_of[mids], split, None, None, start, end, None))
             except ValueError:
                 raise InputError(f"{table}:{n}: expected 'id, start, end, \"label,label\"' with 11 characters of id, "
                                  f"0 <= start < end, got {line.strip()[:200]!r}; mend or remove the line") from None
@@ -754,11 +739,9 @@ def read_audioset(root: str | Path, split: str = "balanced",
     """AudioSet: `class_labels_indices.csv`, `*_segments.csv` and media anywhere under `root` -> clips, display names.
 
     split    training list: "balanced", "unbalanced" or "all"; the eval list is always read.
-    skipped  if given, gets (id, reason) of every listed clip without a file.
-    A file belongs to the listed 11-character id at the start of its name, after an optional prefix Y, v_, id_ or v,
-    wherever it lies. Raises InputError naming file and line.
+    skipped  if given, gets (id or path, reason) of all that is listed and left out; so with every reader.
+    A file's name begins with the clip's id, or with Y, v_, id_ or v before it. Raises InputError naming file and line.
     """
-    skipped = [] if skipped is None else skipped
     tables = sorted(walk_files(root, ".csv"))
     labels_file = next((path for path in tables if os.path.basename(path) == "class_labels_indices.csv"), None)
     if labels_file is None:
@@ -766,32 +749,24 @@ def read_audioset(root: str | Path, split: str = "balanced",
     try:
         with open(labels_file, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows = sorted((int(row["index"]), row["mid"], row["display_name"].strip())
-                          for row in reader if any(row.values()))
-        classes, index_of = [name for _, _, name in rows], {mid: i for i, (_, mid, _) in enumerate(rows)}
+            classes = sorted((int(row["index"]), row["mid"], row["display_name"].strip())
+                             for row in reader if any(row.values()))
     except (KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
         raise InputError(f"{labels_file}:{reader.line_num}: expected UTF-8 with a header index,mid,display_name "
                          f"({error!r})") from error
-    listed: dict[str, Clip] = {}
+    index_of, lists = {mid: i for i, (_, mid, _) in enumerate(classes)}, []
     for table in (path for path in tables if path.endswith("_segments.csv")):
         kind = next((k for k in ("unbalanced", "balanced", "eval") if k in os.path.basename(table)), "")
         if kind and (kind == "eval" or split in (kind, "all")):
-            for place, clip in read_segments(table, "eval" if kind == "eval" else "train", index_of):
-                if listed.setdefault(clip.id, clip) is not clip:
-                    skipped.append((f"{clip.id} ({place})", "listed twice; the first row counts"))
-    def owners(name: str) -> list[str]:                       # bare id first: ids may begin with any of the prefixes
-        for prefix in ("", "Y", "v_", "id_", "v"):
-            if (ytid := name.removeprefix(prefix)[:11]) in listed:
-                return [ytid]
-        return []
-    return match_files(listed, owners, root, skipped), classes
+            lists.append(read_segments(table, "eval" if kind == "eval" else "train", index_of))
+    ids = lambda name: (name.removeprefix(prefix)[:11] for prefix in ("", "Y", "v_", "id_", "v"))       # may begin an id
+    return match_files(itertools.chain(*lists), ids, root, skipped), [name for _, _, name in classes]
 
 def read_ucf101(root: str | Path, fold: int = 1,
                 skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """UCF-101: `UCF-101/<Class>/*.avi` and `ucfTrainTestlist/` -> clips and names of the 51 classes that have sound.
 
-    fold  1, 2 or 3.  skipped  if given, gets (path, reason) of every listed clip left out.
-    Names are compared without case: UCF-101 itself writes HandstandPushups/v_HandStandPushups_*. Raises InputError.
+    fold  1, 2 or 3.  Case does not matter: UCF-101 itself has HandstandPushups/v_HandStandPushups_*. Raises InputError.
     """
     with_sound = """applyeyemakeup applylipstick archery babycrawling balancebeam bandmarching basketballdunk blowdryhair
         blowingcandles bodyweightsquats bowling boxingpunchingbag boxingspeedbag brushingteeth cliffdiving cricketbowling
@@ -808,20 +783,16 @@ def read_ucf101(root: str | Path, fold: int = 1,
     except OSError as error:
         raise InputError(f"{error.filename} is missing; UCF-101's train/test lists have it (--fold 1, 2 or 3)") from None
     classes = sorted(line.split()[-1] for line in names if line.strip() and line.split()[-1].lower() in with_sound)
-    index_of, listed = {name.lower(): i for i, name in enumerate(classes)}, {}
+    index_of, rows = {name.lower(): i for i, name in enumerate(classes)}, []
     for part, lines in (("train", train), ("eval", evaluation)):
         for entry in [line.split()[0] for line in lines if line.strip()]:
             folder, stem = entry.split("/")[0].lower(), Path(entry).stem
-            if stem.lower() in listed:
-                skipped.append((entry, "listed twice; the first row counts"))
-            elif folder in index_of:
-                listed[stem.lower()] = Clip(stem, (index_of[folder],), part)
+            if folder in index_of:
+                rows.append((stem.lower(), f"the {part} list", Clip(stem, (index_of[folder],), part)))
             else:
                 skipped.append((entry, "its class is not among the 51 that have sound, or not in classInd.txt"))
-    def owners(name: str) -> list[str]:
-        stem = Path(name).stem.lower()
-        return [stem] if stem in listed and not is_sound_only(name) else []
-    return match_files(listed, owners, folders.get("ucf-101", Path(root)), skipped), classes
+    stems = lambda name: [] if is_sound_only(name) else [Path(name).stem.lower()]
+    return match_files(rows, stems, folders.get("ucf-101", Path(root)), skipped), classes
 
 def annotation_file(root: str | Path) -> str | None:
     """The JSON that `read_annotations` reads: annotation.json, which tells the class order, else the highest version."""
@@ -835,31 +806,28 @@ def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = N
     Each annotated segment is a clip (authors); its file is `<clip id>.*`, cut already, or the whole video `v_<id>.*`.
     Class order is that of the file's `labels`, else alphabetical. Raises InputError.
     """
-    path = annotation_file(root)
-    listed: dict[str, Clip] = {}
+    path, parts, rows = str(annotation_file(root)), {"training": "train", "validation": "eval"}, []
     segments: dict[str, list[str]] = {}                                         # whole video: its clips
     try:
-        content = json.loads(Path(path or root).read_text(encoding="utf-8-sig"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         entries = [(f"v_{key}_{k}" if "annotations" in entry else key, entry["subset"], note) for key, entry in
                    content["database"].items() for k, note in enumerate(entry.get("annotations", [entry]))]
         classes = list(content.get("labels") or sorted({note["label"] for _, _, note in entries}))
-        index_of = {name: i for i, name in enumerate(classes)}
         for name, subset, note in entries:
-            if subset in ("training", "validation"):
+            if subset in parts:
                 start, end = map(float, note["segment"]) if "segment" in note else (0.0, None)
                 if end is not None and not 0 <= start < end < math.inf:
                     raise ValueError(f"{name}: segment {note['segment']}, needs 0 <= start < end; mend or remove it")
-                part = "train" if subset == "training" else "eval"
-                listed[name.lower()] = Clip(name, (index_of[note["label"]],), part, None, None, start, end)
-                segments.setdefault(name.lower().rpartition("_")[0], []).append(name.lower())
+                label, key = classes.index(note["label"]), name.lower()
+                rows.append((key, path, Clip(name, (label,), parts[subset], None, None, start, end)))
+                segments.setdefault(key.rpartition("_")[0], []).append(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: expected `database` of id: subset, label, segment, annotations ({error!r})") from error
-    def owners(name: str) -> list[str]:
-        stem, ending = os.path.splitext(name.lower())
-        whole = [] if ending == ".hdf5" else segments.get(stem, segments.get(f"v_{stem}", []))
-        return [stem] if stem in listed else whole
-    clips = [clip._replace(cut=Path(clip.video or clip.audio or "").stem.lower() == clip.id.lower())
-             for clip in match_files(listed, owners, root, skipped)]
+    def names(name: str) -> list[str]:
+        stem, ending = os.path.splitext(name.lower())                           # frames of a whole video tell no segment
+        return [stem, *([] if ending == ".hdf5" else segments.get(stem, segments.get(f"v_{stem}", [])))]
+    clips = [clip._replace(cut=Path(str(clip.video or clip.audio)).stem.lower() == clip.id.lower())
+             for clip in match_files(rows, names, root, skipped, most=None)]
     return clips, classes
 
 def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
@@ -867,57 +835,53 @@ def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None
 
     Files are `<id>_<start:06d>.*` or other downloaders' `v<id>_<start>_...`. Raises InputError naming file and line.
     """
-    tables, rows = {os.path.basename(path): path for path in walk_files(root, ".csv")}, dict[str, Any]()
-    names = ["vggsound.csv"] if "vggsound.csv" in tables else [n for n in ("train.csv", "test.csv") if n in tables]
-    for name in names:
-        for place, row in read_rows(tables[name]):
+    tables = {os.path.basename(path): path for path in walk_files(root, ".csv")}
+    rows, label_of = [], dict[str, str]()
+    for name in ["vggsound.csv"] if "vggsound.csv" in tables else [n for n in ("train.csv", "test.csv") if n in tables]:
+        with open(tables[name], newline="", encoding="utf-8-sig", errors="replace") as file:
+            reader, row = csv.reader(file, skipinitialspace=True), list[str]()
             try:
-                if not any(row):
-                    continue
-                if len(row) == 2:
-                    row = [row[0][:11], os.path.splitext(row[0])[0][12:], row[1], Path(name).stem]
-                ytid, start, label, split = row
-                key, part = f"{ytid}_{int(start):06d}", {"train": "train", "test": "eval"}[split]
-                if int(start) < 0:
-                    raise ValueError
-                if rows.setdefault(key, (label, part, float(start), place))[3] != place and skipped is not None:
-                    skipped.append((f"{key} ({place})", "listed twice; the first row counts"))
-            except (ValueError, KeyError):
-                raise InputError(f"{place}: expected id, start in seconds, label, train or test; got {row!r}; "
-                                 "mend or remove the line") from None
-    classes = sorted({label for label, *_ in rows.values()})
-    listed = {key: Clip(key, (classes.index(label),), part, None, None, start, start + 10)
-              for key, (label, part, start, _) in rows.items()}
-    def owners(name: str) -> list[str]:
-        keys = [f"{n[:11]}_{os.path.splitext(n[12:])[0].split('_')[0].zfill(6)}" for n in (name, name.removeprefix("v"))]
-        return [key for key in keys if key in listed][:1]
-    return match_files(listed, owners, root, skipped), classes
+                for row in filter(any, reader):
+                    if len(row) == 2:
+                        row = [row[0][:11], os.path.splitext(row[0])[0][12:], row[1], Path(name).stem]
+                    ytid, start, label, split = row
+                    key, part = f"{ytid}_{int(start):06d}", {"train": "train", "test": "eval"}[split]
+                    if int(start) < 0:
+                        raise ValueError("a start before 0")
+                    rows.append((key, f"{tables[name]}:{reader.line_num}", part, float(start)))
+                    label_of.setdefault(key, label)
+            except (ValueError, KeyError, csv.Error) as error:
+                raise InputError(f"{tables[name]}:{reader.line_num}: expected id, start in seconds, label, train or test; "
+                                 f"got {row!r} ({error}); mend or remove the line, or close its quotes") from None
+    classes = sorted({*label_of.values()})
+    clips = ((key, place, Clip(key, (classes.index(label_of[key]),), part, None, None, start, start + 10))
+             for key, place, part, start in rows)
+    names = lambda name: (f"{n[:11]}_{os.path.splitext(n[12:])[0].split('_')[0].zfill(6)}"
+                          for n in (name, name.removeprefix("v")))
+    return match_files(clips, names, root, skipped), classes
 
 def read_folder(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """A folder of folders: `train/<label>/*` and `val/<label>/*`, one label a clip -> clips and sorted class names."""
-    skipped = [] if skipped is None else skipped
-    found: list[tuple[str, str, str]] = []                                       # (split, label, path)
-    for part, folder in (("train", "train"), ("eval", "val")):
-        for path in walk_media(Path(root) / folder):
-            label, *rest = Path(path).relative_to(Path(root) / folder).parts
-            if rest:
-                found.append((part, label, path))
-            else:
-                skipped.append((path, f"lies in {folder}/ itself; expected {folder}/<label>/"))
-    if not found:
+    paths = {os.path.relpath(path, root): path for part in ("train", "val") for path in walk_media(Path(root) / part)}
+    classes = sorted({name.split("/")[1] for name in paths if name.count("/") > 1})
+    if not classes:
         raise InputError(f"no media file under {root}/train/<label>/ or {root}/val/<label>/")
-    classes = sorted({label for _, label, _ in found})
-    clips = [Clip(os.path.splitext(os.path.relpath(path, root))[0], (classes.index(label),), part, path,
-                  None if is_sound_only(path) else path) for part, label, path in found]
+    clips = []
+    for name, path in paths.items():
+        folder, label, *rest = name.split("/")
+        if rest:
+            part, video = "train" if folder == "train" else "eval", None if is_sound_only(path) else path
+            clips.append(Clip(os.path.splitext(name)[0], (classes.index(label),), part, path, video))
+        elif skipped is not None:
+            skipped.append((path, f"lies in {folder}/ itself; expected {folder}/<label>/"))
     return clips, classes
 
 def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] | int = 128,
                 planes: bool = False) -> Any:
     """One stream of a clip: "audio" -> (samples,) float32 at 32 kHz, "video" -> (T, 3, H, W) uint8. Raises InputError.
 
-    planes  frames as a list of PyAV's, which `pack_frames` need not convert from RGB; of HDF5 always RGB.
-    The file may be the whole video or already cut; unless the clip tells, the duration does: cut where it is nearer to
-    the segment's than to its end.
+    planes  frames (but those of HDF5) as a list of PyAV's, which `pack_frames` need not convert from RGB
+    Unless the clip tells, its file is cut already if its duration is nearer to the segment's than to the segment's end.
     """
     path, start, end = getattr(clip, kind), clip.start, clip.end
     if path is None:
@@ -929,7 +893,7 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
     elif start > 0 and end is not None and clip.cut is None:
         with open_media(path, kind) as stream:
             duration = (stream.container.duration or 0) / av.time_base
-        if 0 < duration <= end - start + 0.5 or (0 < duration < end and duration + start < 2 * end - duration):
+        if 0 < duration <= end - start + 0.5 or 0 < duration < end - start / 2:
             start, end = 0.0, end - start
     if kind == "audio":
         return decode_audio(path, start, end)
@@ -1010,28 +974,24 @@ def pack_frames(frames: Tensor | list[Any]) -> np.ndarray:
     for k, image in enumerate(images):
         image.pts, image.time_base = k, codec.time_base                 # they must rise, and a picture may come again
         jpegs += map(bytes, codec.encode(image))
-    jpegs += map(bytes, codec.encode(None))
-    length = max(map(len, jpegs))
-    return np.stack([np.frombuffer(jpeg.ljust(length, b"\0"), np.uint8) for jpeg in jpegs])
+    return np.array([*jpegs, *map(bytes, codec.encode(None))])[:, None].view(np.uint8)          # bytes_ pads with zeros
 
 def read_frames(stream: np.ndarray, window: Sequence[int]) -> Tensor:
     """The frames of a window, (len(window), 3, H, W) uint8, of a stream as `pack_frames` made it or as decoded."""
     if stream.ndim == 4:
         return torch.from_numpy(np.asarray(stream)[window])             # as an array: indexed faster than np.memmap
     wanted, places = np.unique(window, return_inverse=True)
-    frames = stream[wanted]
     codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()       # made once: half the time
     codec.thread_count = 1
     frames = np.stack([reformatter.reformat(codec.decode(av.Packet(jpeg.tobytes()))[0], format="rgb24",
-                                            threads=1).to_ndarray() for jpeg in frames]).transpose(0, 3, 1, 2)
-    return torch.from_numpy(frames if len(wanted) == len(window) else frames[places])
+                                            threads=1).to_ndarray() for jpeg in stream[wanted]]).transpose(0, 3, 1, 2)
+    return torch.from_numpy(frames if np.array_equal(wanted, window) else frames[places])
 
 class ClipStore(Dataset[Any]):
     """Streams of clips, each decoded once into a file of its own: int16 samples at 32 kHz; frames, as JPEG unless `raw`.
 
-    folder   may be shared by runs and processes: a file is renamed into place and named after all that it depends on;
-             None: nothing is kept, each use decodes again
-    load     (clip, kind) -> samples or frames;   depends: per kind, what the result depends on besides clip and file
+    folder  of files that are named after all that they depend on: runs may share it; None: each use decodes again
+    load    (clip, kind) -> samples or frames;   depends: per kind, what the result depends on besides clip and file
     """
     def __init__(self, folder: Path | None, clips: list[Clip], load: Callable[[Clip, str], Tensor], depends: Any,
                  raw: bool = False) -> None:
@@ -1051,14 +1011,9 @@ class ClipStore(Dataset[Any]):
         with suppress(FileNotFoundError, ValueError, EOFError):         # not there yet, or damaged since
             if file:
                 return np.load(file, mmap_mode="r")
-        try:
-            content = self.load(self.clips[i], kind)
-            array = (content.clamp(-1, 1).mul_(32767).round_().short().numpy() if kind == "audio" else
-                     content.contiguous().numpy() if self.raw or not file else pack_frames(content))
-        except InputError:
-            raise
-        except Exception as error:                                      # whatever it is, the clip cannot be used
-            raise InputError(f"{type(error).__name__}: {error}") from error
+        content = self.load(self.clips[i], kind)
+        array = (content.clamp(-1, 1).mul_(32767).round_().short().numpy() if kind == "audio" else
+                 content.contiguous().numpy() if self.raw or not file else pack_frames(content))
         if file:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             write(Path(file), array)
@@ -1095,9 +1050,8 @@ def watch(loader: Any, store: ClipStore) -> Iterator[Any]:
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        ids = [store.clips[i].id for i, _ in [*loader.batch_sampler][count]]
-        raise InputError(f"{str(error).splitlines()[0]} Due were {', '.join(ids)}; if memory ran out, lower --workers"
-                         ) from error
+        due, reason = [store.clips[i].id for i, _ in [*loader.batch_sampler][count]], str(error).splitlines()[0]
+        raise InputError(f"{reason} Due were {', '.join(due)}; if memory ran out, lower --workers") from error
 
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
     """Frame indices of up to `count` even windows of `size` out of n; stops at the first short one, looped. Authors."""
@@ -1220,17 +1174,16 @@ class Data(NamedTuple):
     def loader(self, clips: Sequence[int], spec: ViewSpec, protocol: str, settings: dict[str, Any], seed: int = 0,
                teacher: Tensor | None = None) -> Any:
         """Shuffled batches of training views, or the windows of each clip in order."""
-        views, size, batches = Views(self, spec, protocol, teacher), max(1, settings["batch_size"] // WORLD), None
+        size, workers = max(1, settings["batch_size"] // WORLD), settings["workers"]
+        batches: Any = [[(i, 0) for i in clips[b:b + size]] for b in range(0, len(clips), size)]
         if protocol == "train":
             weights, pairs = None, 2 if settings["mixup"] else 1
             if settings["class_balanced"]:              # a class at random, then one of its clips, as PANNs does
                 owned = Counter(label for i in clips for label in self.store.clips[i].labels)
                 weights = torch.tensor([sum(1 / owned[label] for label in self.store.clips[i].labels) for i in clips])
             batches = EpochBatches(clips, pairs * settings["batch_size"], seed, weights, pairs * WORLD)
-        return DataLoader(views, batch_sampler=batches or [
-            [(i, 0) for i in clips[b:b + size]] for b in range(0, len(clips), size)], collate_fn=join_views,
-            num_workers=settings["workers"], persistent_workers=settings["workers"] > 0,
-            pin_memory=torch.cuda.is_available())
+        return DataLoader(Views(self, spec, protocol, teacher), batch_sampler=batches, collate_fn=join_views,
+                          num_workers=workers, persistent_workers=workers > 0, pin_memory=torch.cuda.is_available())
 
 # ============================================== 8. Metrics (fractions in 0..1)
 def at_least(values: np.ndarray, limits: np.ndarray) -> np.ndarray:
