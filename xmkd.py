@@ -489,10 +489,7 @@ class Prepare(nn.Module):
 # ============================================== 4. Media (PyAV; opened and closed per call, one thread)
 @contextmanager
 def open_media(path: str | Path, kind: str) -> Iterator[Any]:
-    """The stream of `kind` ("audio", "video") that FFmpeg deems best in a local file, gzipped or not; on one thread.
-
-    Whatever goes wrong, here or in the block that reads it, is an InputError that begins with the file's path.
-    """
+    """The best stream of `kind` ("audio", "video") in a local file. What goes wrong is an InputError with its path."""
     name = os.fspath(path)
     av.logging.set_level(None)                                                  # FFmpeg's own messages name no file
     try:
@@ -556,9 +553,9 @@ def check_room(kind: str, seconds: float, rate: float) -> None:
                          "GiB that a clip may take; cut it into clips, or convert it if that is not its length")
 
 def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None, rate: int = 32000) -> Tensor:
-    """Samples of the file's best audio stream between two times: (samples,) float32, mono, about -1..1.
+    """Samples of the file's best audio stream: (samples,) float32 at `rate` Hz, mono, about -1..1.
 
-    start, end  seconds on the file's own clock; end=None reads to its end.   rate  Hz.
+    start, end  seconds on the file's own clock; end=None reads to its end
     Raises InputError: unreadable, no audio stream, nothing in the range, shorter than the header promises (but for WAV).
     """
     first, pieces = None, list[Any]()
@@ -584,20 +581,19 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
     return torch.from_numpy(samples)
 
 def to_picture(frame: Any, size: tuple[int, int] | int, scale: Any, convert: Any, planes: bool = False) -> Any:
-    """A frame upright, in `decode_video`'s size, in RGB, or with `planes` in JPEG's YUV 4:2:0 if it came upright in it."""
+    """A frame upright, in `decode_video`'s size, RGB, or with `planes` in JPEG's YUV 4:2:0 if it came upright in it."""
     turns = round(frame.rotation / 90) % 4                                      # phones store the turn beside the picture
     if isinstance(size, int):
         sides = (frame.height, frame.width)
         height, width = (round(size * min(side / min(sides), 4)) for side in sides)
     else:
         height, width = size[::-1] if turns % 2 else size
-    like_jpeg = planes and not turns and frame.format.name in ("yuv420p", "yuvj420p")
+    direct = planes and not turns and frame.format.name in ("yuv420p", "yuvj420p")
     if frame.format.name.startswith("yuv"):                                     # scaled first: half the time
-        at_once = like_jpeg and frame.colorspace in (2, 5, 6)                   # BT.601, which is JPEG's, or not given
+        at_once = direct and frame.colorspace in (2, 5, 6)                      # BT.601, which is JPEG's, or not given
         frame = scale.reformat(frame, width, height, "yuvj420p" if at_once else None, threads=1)
-    form = "yuvj420p" if like_jpeg else "rgb24"
-    frame = convert.reformat(frame, width, height, form, None, Colorspace.ITU601, threads=1)
-    if turns or (planes and not like_jpeg):             # a new frame has not the tags that would change colours in JPEG
+    frame = convert.reformat(frame, width, height, "yuvj420p" if direct else "rgb24", None, Colorspace.ITU601, threads=1)
+    if turns or (planes and not direct):                # a new frame has not the tags that would change colours in JPEG
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns)), "rgb24")
     return frame
 
@@ -629,9 +625,8 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
     pictures = decode_pictures(path, start, end, fps, size, planes=False)
-    frames = np.empty((len(pictures), pictures[0].height, pictures[0].width, 3), np.uint8)
-    for row, picture in zip(frames, pictures):                                  # not stacked: that takes memory twice
-        row[:] = picture.to_ndarray()
+    form = np.dtype((np.uint8, (pictures[0].height, pictures[0].width, 3)))                     # np.stack takes it twice
+    frames = np.fromiter((picture.to_ndarray() for picture in pictures), form, len(pictures))
     return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> Tensor:
@@ -796,9 +791,9 @@ def read_ucf101(root: str | Path, fold: int = 1,
 
 def annotation_file(root: str | Path) -> str | None:
     """The JSON that `read_annotations` reads: annotation.json, which tells the class order, else the highest version."""
-    paths = [path for path in walk_files(root, ".json")
-             if os.path.basename(path).startswith("activity_net") or os.path.basename(path) == "annotation.json"]
-    return max(paths, key=os.path.basename, default=None)
+    names = ("activity_net", "annotation.json")
+    return max((path for path in walk_files(root, ".json") if os.path.basename(path).startswith(names)),
+               key=os.path.basename, default=None)
 
 def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """ActivityNet's `activity_net*.json` with `v_<id>.*` videos, or the authors' `annotation.json` with `<id>.hdf5`.
@@ -848,17 +843,16 @@ def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None
                     key, part = f"{ytid}_{int(start):06d}", {"train": "train", "test": "eval"}[split]
                     if int(start) < 0:
                         raise ValueError("a start before 0")
-                    rows.append((key, f"{tables[name]}:{reader.line_num}", part, float(start)))
+                    rows.append((key, f"{file.name}:{reader.line_num}", part, float(start)))
                     label_of.setdefault(key, label)
             except (ValueError, KeyError, csv.Error) as error:
-                raise InputError(f"{tables[name]}:{reader.line_num}: expected id, start in seconds, label, train or test; "
+                raise InputError(f"{file.name}:{reader.line_num}: expected id, start in seconds, label, train or test; "
                                  f"got {row!r} ({error}); mend or remove the line, or close its quotes") from None
     classes = sorted({*label_of.values()})
     clips = ((key, place, Clip(key, (classes.index(label_of[key]),), part, None, None, start, start + 10))
              for key, place, part, start in rows)
-    names = lambda name: (f"{n[:11]}_{os.path.splitext(n[12:])[0].split('_')[0].zfill(6)}"
-                          for n in (name, name.removeprefix("v")))
-    return match_files(clips, names, root, skipped), classes
+    keys = lambda name: (f"{n[:11]}_{n[12:].split('.')[0].split('_')[0]:0>6}" for n in (name, name.removeprefix("v")))
+    return match_files(clips, keys, root, skipped), classes
 
 def read_folder(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """A folder of folders: `train/<label>/*` and `val/<label>/*`, one label a clip -> clips and sorted class names."""
@@ -1081,9 +1075,8 @@ class Views(Dataset[Any]):
     """
     def __init__(self, data: Data, spec: ViewSpec, protocol: str, teacher: Tensor | None = None) -> None:
         self.data, self.spec, self.protocol, self.teacher = data, spec, protocol, teacher
-        steps: list[Any] = [v2.Grayscale(3)] if spec.strong else []
-        steps += [v2.RandomInvert(0.5), v2.RandomRotation(15)] if spec.strong and protocol == "train" else []
-        self.recolor: Any = v2.Compose(steps) if steps else nn.Identity()
+        random = [v2.RandomInvert(0.5), v2.RandomRotation(15)] if protocol == "train" else []
+        self.recolor: Any = v2.Compose([v2.Grayscale(3), *random]) if spec.strong else nn.Identity()
 
     def random_box(self, frames: Tensor) -> Tensor:
         """A box of at least `crop_area` of the frame, sides 3:4 to 4:3; mirrored half the time."""
@@ -1120,12 +1113,8 @@ def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
     counts = [len(view) for view in views]
     if len({view.shape[1:] for view in views}) > 1:
         height, width = (max(view.shape[axis] for view in views) for axis in (-2, -1))
-        grown = views[0].new_empty(sum(counts), *views[0].shape[1:3], height, width)
-        for part, view in zip(grown.split(counts), views):
-            part[..., :view.shape[-2], :view.shape[-1]] = view
-            part[..., view.shape[-2]:, :view.shape[-1]] = view[..., -1:, :]
-            part[..., view.shape[-1]:] = part[..., view.shape[-1] - 1:view.shape[-1]]
-        views = [grown]
+        missing: Any = lambda view: [(0, 0)] * 3 + [(0, height - view.shape[-2]), (0, width - view.shape[-1])]
+        views = [torch.from_numpy(np.pad(view, missing(view), "edge")) for view in views]
     return torch.cat(views), torch.cat(boxes), counts, *(torch.stack(part) for part in rest)
 
 class EpochBatches(Sampler[Any]):
