@@ -600,8 +600,7 @@ def to_picture(frame: Any, size: tuple[int, int] | int, scale: Any, convert: Any
 def decode_pictures(path: str | Path, start: float, end: float | None, fps: float, size: tuple[int, int] | int,
                     planes: bool = True) -> list[Any]:
     """What `decode_video` returns, as T frames of PyAV: `to_picture`'s, as `pack_frames` likes them if `planes`."""
-    pictures: list[Any] = []
-    reformatters, seconds = (VideoReformatter(), VideoReformatter()), start
+    pictures, reformatters, seconds = list[Any](), (VideoReformatter(), VideoReformatter()), start
     with open_media(path, "video") as stream:
         period = 1 / float(stream.average_rate or 25)
         timed: Iterator[Any] = itertools.chain(timed_frames(stream, start, end), [(None, None)])
@@ -620,9 +619,8 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
                  size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the file's best video stream at a fixed rate: (T, 3, H, W) uint8 RGB, T = ceil(seconds * fps).
 
-    start, end  seconds on the file's own clock; end=None reads to its end.   fps  frame k is shown at start + k / fps.
+    start, end, errors raised  as `decode_audio`.   fps  frame k is shown at start + k / fps.
     size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1).
-    Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
     pictures = decode_pictures(path, start, end, fps, size, planes=False)
     form = np.dtype((np.uint8, (pictures[0].height, pictures[0].width, 3)))                     # np.stack takes it twice
@@ -699,14 +697,13 @@ def match_files(rows: Iterable[tuple[str, str, Clip]], names: Callable[[str], It
             elif not video:
                 video, audio = path, audio or (None if path.lower().endswith(".hdf5") else path)
             listed[key] = Clip._make((*clip[:3], audio, video, *clip[5:]))                  # _replace is slow
-    found = [clip for clip in listed.values() if clip.audio or clip.video]
-    if not found:
+    lost = [clip for clip in listed.values() if not (clip.audio or clip.video)]
+    if len(lost) == len(listed):
         first, seen = (", ".join(map(os.path.basename, some[:3])) or "none" for some in ([*listed], media))
         raise InputError(f"none of the {len(listed):,} clips listed has a file under {root}; listed: {first}; "
                          f"files seen: {seen}; names must agree")
-    skipped += [(clip.id, "missing: listed, but no file has its name") for clip in listed.values()
-                if not (clip.audio or clip.video)]
-    return found
+    skipped += [(clip.id, "missing: listed, but no file has its name") for clip in lost]
+    return [clip for clip in listed.values() if clip.audio or clip.video]
 
 def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[tuple[str, str, Clip]]:
     """Rows for `match_files` of an AudioSet list, `id, start, end, "mid,mid"`, whatever an editor did to its quotes."""
@@ -796,10 +793,9 @@ def annotation_file(root: str | Path) -> str | None:
                key=os.path.basename, default=None)
 
 def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
-    """ActivityNet's `activity_net*.json` with `v_<id>.*` videos, or the authors' `annotation.json` with `<id>.hdf5`.
+    """ActivityNet's `activity_net*.json` or the authors' `annotation.json`, whose `labels` tell the class order.
 
-    Each annotated segment is a clip (authors); its file is `<clip id>.*`, cut already, or the whole video `v_<id>.*`.
-    Class order is that of the file's `labels`, else alphabetical. Raises InputError.
+    A clip is a segment (authors), its file `<clip id>.*`, cut already, or the whole video `v_<id>.*`. Raises InputError.
     """
     path, parts, rows = str(annotation_file(root)), {"training": "train", "validation": "eval"}, []
     segments: dict[str, list[str]] = {}                                         # whole video: its clips
@@ -1071,7 +1067,7 @@ class Views(Dataset[Any]):
     """Item (clip, seed): its views (n, ...), boxes (n, 4) for `Prepare`; in training also label and teacher embedding.
 
     protocol  "train": one view at random; "val": 3 even windows (authors, while training); "test": consecutive windows
-              (authors, at the end); sound has consecutive windows in both. Whatever worker draws it, the seed decides.
+              (authors, at the end), of sound in both, less a tail under half of one. The seed decides, not the worker.
     """
     def __init__(self, data: Data, spec: ViewSpec, protocol: str, teacher: Tensor | None = None) -> None:
         self.data, self.spec, self.protocol, self.teacher = data, spec, protocol, teacher
@@ -1085,25 +1081,24 @@ class Views(Dataset[Any]):
         return torch.tensor([[x[0], top, x[1], top + height]], dtype=torch.float32)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
-        clip, seed = key
-        audio, stream = self.spec.kind == "audio", self.data.store.stream(clip, self.spec.kind)
+        (clip, seed), audio = key, self.spec.kind == "audio"
+        stream = self.data.store.stream(clip, self.spec.kind)
         n, size = len(stream), self.spec.samples if audio else self.spec.frames
+        def window(start: int) -> Tensor:                               # what is too short is looped
+            if audio:
+                return torch.from_numpy(np.resize(stream[start:start + size], size))
+            return self.recolor(read_frames(stream, [start + k % min(size, n - start) for k in range(size)]))
         if self.protocol == "train":
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
-                start = int(torch.randint(max(n - size, 0) + 1, ()))
-                view = (torch.from_numpy(np.resize(stream[start:start + size], size)) if audio else      # short ones loop
-                        self.recolor(read_frames(stream, [(start + k) % n for k in range(size)])))
+                view = window(int(torch.randint(max(n - size, 0) + 1, ())))
                 box = torch.zeros(1, 4) if audio else self.random_box(view)
             label = self.data.labels([clip])[0]
             return view[None], box, label, torch.zeros(0) if self.teacher is None else self.teacher[clip]
-        if audio:                                                       # a tail under half a window is left out
-            starts = range(0, max(n - size // 2, 1), size)
-            windows = torch.stack([torch.from_numpy(np.resize(stream[start:start + size], size)) for start in starts])
-            return windows, torch.zeros(len(windows), 4)
         choose = even_windows if self.protocol == "val" else partial(sliding_windows, stride=size)
-        windows = torch.stack([self.recolor(read_frames(stream, window)) for window in choose(n, size)])
-        height, width = windows.shape[-2:]
+        starts = range(0, max(n - size // 2, 1), size) if audio else [first for first, *_ in choose(n, size)]
+        windows = torch.stack([*map(window, starts)])
+        height, width = (0, 0) if audio else windows.shape[-2:]
         x, y = max(width - height, 0) / 2, max(height - width, 0) / 2   # the square in the middle
         return windows, torch.tensor([[x, y, width - x, height - y]]).expand(len(windows), 4)
 
