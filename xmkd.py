@@ -1014,7 +1014,7 @@ class ClipStore(Dataset[Any]):
         try:
             streams = [self.stream(job[0], kind) for kind in job[1]]
             return job[0], [*map(len, streams)], sum(stream.nbytes for stream in streams), ""
-        except InputError as error:
+        except (ValueError, av.error.FFmpegError) as error:             # InputError, or what JPEG makes of an odd frame
             return job[0], [], 0, str(error)
 
     def decode(self, jobs: Sequence[tuple[int, Sequence[str]]], workers: int,
