@@ -1258,9 +1258,7 @@ def view_spec(settings: dict[str, Any]) -> ViewSpec:
 def predict(job: Job, network: nn.Module, clips: Sequence[int], protocol: str = "test",
             label: str = "evaluation") -> tuple[Tensor, Tensor]:
     """Window-averaged probabilities (N, C) and embeddings (N, D) of clips, on the CPU; the network's mode is restored.
-
-    Torchrun's processes share the clips, as many each, some twice; every clip counts once.
-    """
+    Torchrun's processes share the clips, as many each, some twice; every clip counts once."""
     settings, data, spec, console = job
     device, training, progress = next(network.parameters()).device, network.training, console.progress(label)
     part = math.ceil(len(clips) / WORLD)
@@ -1290,10 +1288,8 @@ def final_metrics(job: Job, network: nn.Module) -> dict[str, float]:
     return metrics
 
 def mixup(*parts: Tensor) -> list[Tensor]:
-    """Neighbours of a batch mixed at a random weight, as PANNs does (arXiv 1710.09412): (2B, ...) -> (B, ...) of each.
-
-    PANNs mixes inside the network, behind its first normalisation; that embeddings are mixed as well is ours.
-    """
+    """Neighbours of a batch mixed at a random weight (arXiv 1710.09412): (2B, ...) -> (B, ...) of each. PANNs does it
+    inside the network, behind its first normalisation; that embeddings are mixed as well is ours."""
     weights = torch.rand(len(parts[0]) // 2, device=parts[0].device)
     by_clip = [weights.view(-1, *[1] * (part.ndim - 1)) for part in parts]
     return [weight * part[0::2] + (1 - weight) * part[1::2] for weight, part in zip(by_clip, parts)]
@@ -1307,21 +1303,19 @@ def make_distiller(job: Job, method: str, teacher: Tensor | None) -> nn.Module |
     """What a method trains beside the student: the noise filter, a `Distiller` or nothing."""
     if teacher is None or method == "student":
         return None
-    classes, dim = len(job.data.classes), 8 * job.settings["width"]
+    settings, sizes = job.settings, (len(job.data.classes), 8 * job.settings["width"])
     if method in ("mnf", "xmkd"):
-        return ModalityNoiseFilter(classes, dim, teacher_dim=teacher.shape[1])
+        return ModalityNoiseFilter(*sizes, teacher_dim=teacher.shape[1]).to(settings["device"])
     probe = probe_of(job, teacher) if method == "kd" else None
-    return Distiller(method, classes, dim, teacher.shape[1], job.settings["csc_offset"], probe)
+    return Distiller(method, *sizes, teacher.shape[1], settings["csc_offset"], probe).to(settings["device"])
 
 def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | None], optimizer: torch.optim.Optimizer,
-                prepare: Prepare, calibrate: bool, progress: Callable[[int], None]) -> dict[str, float]:
-    """One pass over the loader -> mean of each loss term and of the gradient's largest entry.
-
-    InputError names the first step in which one of them is not finite.
-    """
-    device, settings, history, terms = prepare.mean.device, job.settings, [], {}
+                calibrate: bool, progress: Callable[[int], None]) -> dict[str, float]:
+    """One pass over the loader -> mean of each loss term and of the gradient's largest entry. InputError: not finite."""
+    settings, history, terms = job.settings, [], {}
+    prepare = Prepare(job.spec.size, settings["spec_augment"]).to(settings["device"])
     for step, (views, boxes, _, *rest) in enumerate(watch(loader, job.data.store), 1):
-        views, boxes, labels, embedding = (x.to(device, non_blocking=True) for x in (views, boxes, *rest))
+        views, boxes, labels, embedding = (x.to(settings["device"], non_blocking=True) for x in (views, boxes, *rest))
         inputs = prepare(views, boxes)
         if settings["mixup"]:
             inputs, embedding, labels = mixup(inputs, embedding, labels)
@@ -1332,28 +1326,30 @@ def train_epoch(job: Job, loader: Any, networks: tuple[nn.Module, nn.Module | No
         history.append(torch.stack([*terms.values()]))
         progress(step)
     values = torch.stack(history).cpu()                                 # (steps, terms), brought over once an epoch
-    if not values.isfinite().all():
-        step = next(i for i, row in enumerate(values) if not row.isfinite().all())
-        ids = [job.data.store.clips[i].id for i, _ in [*loader.batch_sampler][step]]
-        raise InputError(f"loss or gradient is not finite in step {step + 1} of epoch {loader.batch_sampler.epoch}: "
+    if len(bad := (~values.isfinite()).any(1).nonzero()):
+        step, sampler = int(bad[0]), loader.batch_sampler
+        ids = [job.data.store.clips[i].id for i, _ in [*sampler][step]]
+        raise InputError(f"loss or gradient is not finite in step {step + 1} of epoch {sampler.epoch}: "
                          f"{dict(zip(terms, values[step].tolist()))}; clips {', '.join(ids)}; lower --lr")
     return dict(zip(terms, values.mean(0).tolist()))
 
-def take_up(out: Path, log: Path, about: dict[str, Any], own: bool) -> dict[str, Any]:
-    """What last.pt holds; with `own` settings, InputError if one differs that must not. The log is cut to its epoch."""
-    saved = load_checkpoint(out / "last.pt")
-    pairs = {key: (saved[key], about[key]) for key in ("method", "seed", "classes", "network")}
-    fewer = about["settings"]["epochs"] < saved["settings"]["epochs"]       # more is harmless
-    pairs |= {key: (saved["settings"].get(key), new) for key, new in about["settings"].items()
-              if key not in RUN_OPTIONS or (key == "epochs" and fewer)}
-    for key, (old, new) in pairs.items():
-        if own and old != new:
-            raise InputError(f"--resume: {key} was {old!r} in {out}/last.pt and is {new!r} now; keep it or change --out")
-    if RANK == 0:
-        rows = log.read_text().splitlines(keepends=True) if log.exists() else []
-        part = log.with_name("log.part")                                # a killed run may have left half a line
-        part.write_text("".join(r for r in rows if r.endswith("\n") and json.loads(r)["epoch"] <= saved["epoch"]))
-        os.replace(part, log)
+def take_up(out: Path, about: dict[str, Any], own: bool) -> dict[str, Any]:
+    """With --resume, what last.pt holds if it is there, else {}; the log is cut to its epoch, half a line dropped.
+    InputError if `own` settings differ from the saved ones where they must not."""
+    settings, last, log = about["settings"], out / "last.pt", out / "log.jsonl"
+    saved = load_checkpoint(last) if settings["resume"] and last.exists() else {}
+    if saved and own:
+        fewer = settings["epochs"] < saved["settings"]["epochs"]        # more is harmless
+        pairs = {key: (saved[key], about[key]) for key in ("method", "seed", "classes", "network")}
+        pairs |= {key: (saved["settings"].get(key), new) for key, new in settings.items()
+                  if key not in RUN_OPTIONS or (key == "epochs" and fewer)}
+        for key, (old, new) in pairs.items():
+            if old != new:
+                raise InputError(f"--resume: {key} was {old!r} in {last} and is {new!r} now; keep it or change --out")
+    if not saved:
+        last.unlink(missing_ok=True)                                    # an older run's must not be taken up later
+    rows = log.read_text().splitlines(keepends=True) if saved and log.exists() else []
+    save(log, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["epoch"] <= saved["epoch"]))
     return saved
 
 def fingerprint(teacher: Tensor | None) -> list[float]:
@@ -1361,47 +1357,39 @@ def fingerprint(teacher: Tensor | None) -> list[float]:
     return [] if teacher is None else [*teacher.shape, teacher[::max(1, len(teacher) // 1000)].abs().mean().item()]
 
 def set_up(job: Job, method: str, seed: int,
-           teacher: Tensor | None) -> tuple[nn.Module, nn.Module, nn.Module | None, torch.optim.Adam, dict[str, Any]]:
-    """What a method trains, drawn from the seed: network, the same as `train_step` calls it, helper, optimizer, sizes."""
-    settings, data, spec, _ = job
+           teacher: Tensor | None) -> tuple[nn.Module, nn.Module, nn.Module | None, torch.optim.Adam]:
+    """What a method trains, drawn from the seed: network, the same as `train_step` calls it, helper, optimizer."""
+    settings = job.settings
     torch.manual_seed(seed)
-    sizes = {"kind": spec.kind, "num_classes": len(data.classes), "width": settings["width"]}
-    network = equip(make_network(**sizes), settings)
+    network = equip(make_network(job.spec.kind, len(job.data.classes), settings["width"]), settings)
     helper = make_distiller(job, method, teacher)
-    helper = helper.to(settings["device"]) if helper is not None else None
     filter_lr = 0.2 if isinstance(helper, ModalityNoiseFilter) else 1.0
     optimizer = make_optimizer(network, helper, settings["lr"], settings["weight_decay"], filter_lr)
     trained = distribute(network, helper, optimizer) if WORLD > 1 else network
-    return network, trained, helper, optimizer, sizes
+    return network, trained, helper, optimizer
 
 def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> nn.Module:
     """Trains one network by one method; config.json, log.jsonl, best.pt and last.pt lie in `out` when it returns.
-
-    An epoch's order, views and SpecAugment depend on seed and epoch alone, so a run can be taken up after any of them.
-    """
+    An epoch's order, views and SpecAugment depend on seed and epoch alone: a run can be taken up after any of them."""
     settings, data, spec, console = job
     task, epochs, begun, first, best = settings["task"], settings["epochs"], time.time(), 1, -1.0
-    network, trained, helper, optimizer, sizes = set_up(job, method, seed, teacher)
+    network, trained, helper, optimizer = set_up(job, method, seed, teacher)
     rates = [group["lr"] for group in optimizer.param_groups]
-    prepare = Prepare(spec.size, settings["spec_augment"]).to(settings["device"])
+    sizes = {"kind": spec.kind, "num_classes": len(data.classes), "width": settings["width"]}
     about = {"task": task, "method": method, "seed": seed, "classes": data.classes, "network": sizes,
              "settings": settings, "processes": WORLD, "teacher": fingerprint(teacher),
              "versions": {"xmkd": __version__, "torch": str(torch.__version__), "av": av.__version__}}
-    name = method if spec.kind == STUDENT_KIND[task] else "teacher"                         # a teacher's folder is keyed
+    own = spec.kind == STUDENT_KIND[task]                               # else a teacher: its settings name its folder
+    name = method if own else "teacher"
     out.mkdir(parents=True, exist_ok=True)
-    log = out / "log.jsonl" if RANK == 0 else Path(os.devnull)
-    if settings["resume"] and (out / "last.pt").exists():
-        saved = take_up(out, log, about, own=name == method)
-        if saved.get("processes", 1) != WORLD:
-            console.warn(f"resumed with {WORLD} processes after {saved.get('processes', 1)}: results may differ a little")
+    if saved := take_up(out, about, own):
+        if saved["processes"] != WORLD:
+            console.warn(f"resumed with {WORLD} processes after {saved['processes']}: results may differ a little")
         network.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])
         if helper is not None:
             helper.load_state_dict(saved["filter"])
         begun, first, best = begun - saved["seconds"], saved["epoch"] + 1, saved["best"]
-    elif RANK == 0:
-        log.write_text("")
-        (out / "last.pt").unlink(missing_ok=True)                       # an older run's must not be taken up later
     save(out / "config.json", about)
     board: Any = open_board(out, first, console) if settings["tensorboard"] and RANK == 0 else None
     loader = data.loader(data.train, spec, "train", settings, seed, teacher)
@@ -1411,7 +1399,7 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
             group["lr"] = rate * (0.1 if epoch > 0.75 * epochs else 1.0)                    # authors: after 150 of 200
         loader.batch_sampler.epoch, done = epoch, (epoch - first) * steps
         torch.manual_seed((1_000_003 * seed + epoch) * WORLD + RANK)
-        losses = train_epoch(job, loader, (trained, helper), optimizer, prepare, method != "mnf",
+        losses = train_epoch(job, loader, (trained, helper), optimizer, method != "mnf",
                              lambda step: show(done + step, (epochs - first + 1) * steps))
         content = {**about, "epoch": epoch, "seconds": time.time() - begun, "student": network.state_dict(),
                    "filter": helper.state_dict() if helper is not None else {}}
@@ -1419,11 +1407,12 @@ def fit(job: Job, method: str, seed: int, teacher: Tensor | None, out: Path) -> 
             metrics = score(task, predict(job, network, data.eval, "val")[0], data.labels(data.eval))
             row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], **losses, **metrics,
                    "seconds": round(time.time() - begun, 1)}
-            with log.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            if RANK == 0:
+                with (out / "log.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
             for key, value in row.items() if board else []:
                 board.add_scalar(key, value, epoch)
-            if name == method:
+            if own:
                 console.say(f"  {name} s{seed}  " + "  ".join(f"{key} {value:.4g}" for key, value in row.items()))
             if metrics[CHECK_METRIC[task]] > best:
                 best = metrics[CHECK_METRIC[task]]
@@ -1446,14 +1435,13 @@ def train_student(job: Job, method: str, seed: int, teacher: Tensor | None, out:
 # ============================================== 10. Teacher
 class KineticsTeacher(nn.Module):
     """torchvision's r2plus1d_18, Kinetics-400 weights, on ImageNet-normalised (B, 3, T, H, W); K = 1, D = 512."""
-    def __init__(self, progress: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.net = r2plus1d_18(weights=R2Plus1D_18_Weights.KINETICS400_V1, progress=progress)
+        self.net = r2plus1d_18(weights=R2Plus1D_18_Weights.KINETICS400_V1, progress=sys.stdout.isatty())
         self.fc, self.net.fc = self.net.fc, nn.Identity()
         ours, theirs = Prepare(), R2Plus1D_18_Weights.KINETICS400_V1.transforms()
         mean, std = (torch.tensor(values).view(3, 1, 1, 1) for values in (theirs.mean, theirs.std))
-        self.scale = nn.Buffer(ours.std / std)
-        self.shift = nn.Buffer((ours.mean - mean) / std)
+        self.scale, self.shift = nn.Buffer(ours.std / std), nn.Buffer((ours.mean - mean) / std)
 
     def forward(self, frames: Tensor) -> Features:
         """The logits are those of Kinetics-400."""
@@ -1461,20 +1449,26 @@ class KineticsTeacher(nn.Module):
         return Features(pooled[:, None], pooled, self.fc(pooled))
 
 def restore(job: Job, option: str, saved: dict[str, Any]) -> nn.Module:
-    """The network of the checkpoint that `option` names. InputError if it is one for the other modality."""
-    settings, kind = job.settings, saved["network"]["kind"]
-    if kind != job.spec.kind:
-        raise InputError(f"--{option} {settings[option]} is a network for {kind}; --task {settings['task']} needs one "
-                         f"for {job.spec.kind}")
-    network = equip(make_network(**saved["network"]), settings)
+    """The network of the checkpoint that `option` names. InputError if its modality or its classes are not the data's."""
+    checkpoint, task, classes = f"--{option} {job.settings[option]}", job.settings["task"], job.data.classes
+    known, kind, count = saved["classes"], saved["network"]["kind"], saved["network"]["num_classes"]
+    if option == "teacher":
+        if kind != job.spec.kind:
+            raise InputError(f"{checkpoint} is a network for {kind}; --task {task} needs one for {job.spec.kind}")
+    elif classes != (known or classes) or len(classes) != count:
+        named = f" ({', '.join(known[:3])}, ...)" if known else ""
+        raise InputError(f"{checkpoint} knows {count} classes{named}, {job.settings['data']} has {len(classes)} "
+                         f"({', '.join(classes[:3])}, ...); give --data with the classes that it was trained on")
+    elif known is None and "predict" not in job.settings:               # the authors' or PANNs'
+        job.console.warn(f"{checkpoint} does not name its classes; their order is taken to be {classes[0]}, ... "
+                         f"{classes[-1]}; the authors' ActivityNet weights need their annotation.json in --data")
+    network = equip(make_network(**saved["network"]), job.settings)
     network.load_state_dict(saved["student"])
     return network
 
 def train_teacher(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    """A network trained from scratch on nine tenths of the training clips, and its scores.
-
-    The epoch best on the held-out tenth is kept: a network that has memorised its clips embeds their labels, not them.
-    """
+    """A network trained from scratch on nine tenths of the training clips, and its scores. The epoch best on the held-out
+    tenth is kept: a network that has memorised its clips embeds their labels, not them."""
     task, seed, train = job.settings["task"], job.settings["seed"], job.data.train
     order = [train[i] for i in torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))]
     held, seen = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
@@ -1505,30 +1499,18 @@ def read_features(paths: Sequence[str]) -> Tensor:
     for path in paths:
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)              # its shape is known before it is read
-            if array.dtype.kind not in "fiu":
-                raise ValueError(f"{array.dtype}; expected real numbers")
             if array.ndim != 1 or not array.size or (rows and len(array) != len(rows[0])):
                 raise ValueError(f"{array.shape}; expected ({len(rows[0]) if rows else 'D'},), one embedding a clip")
-            rows.append(torch.from_numpy(array.astype(np.float32)))
-            if not rows[-1].isfinite().all():
-                raise ValueError("expected finite numbers")
+            if array.dtype.kind not in "fiu" or not np.isfinite(array := array.astype(np.float32)).all():
+                raise ValueError(f"{array.dtype}; expected real numbers, all finite")
+            rows.append(torch.from_numpy(array))
         except Exception as error:                                      # a dozen kinds, by what is wrong with the file
             raise InputError(f"{path}: no embedding ({error}); pickled arrays are refused") from error
     return torch.stack(rows)
 
-def choose_teacher(job: Job, folder: Path, network: nn.Module | None) -> tuple[nn.Module, dict[str, Any]]:
-    """The network behind --teacher and what it is; `network` is the pretrained one, if it could be had."""
-    choice = job.settings["teacher"]
-    if network is not None:
-        return equip(network, job.settings), {"kind": "torchvision r2plus1d_18, Kinetics-400"}
-    if choice in ("auto", "scratch"):
-        return train_teacher(job, folder)
-    return restore(job, "teacher", load_checkpoint(choice)), {"kind": f"checkpoint {choice}"}
-
 def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     """`pooled` (N, D): the teacher's embeddings of the training clips and the `shared` evaluation clips that have its
-    modality, else zeros; `scores` of the latter, if it knows the classes; `info`. A file in `cache`, memory-mapped.
-    """
+    modality, else zeros; `scores` of the latter, if it knows the classes; `info`. A file in `cache`, memory-mapped."""
     settings, data, spec, console = job
     choice, reason = settings["teacher"], ""
     network: nn.Module | None = None
@@ -1536,7 +1518,7 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
         reason = "torchaudio has no pretrained tagging network"
         if spec.kind == "video":
             try:
-                network = KineticsTeacher(console.terminal) if RANK == 0 else None
+                network = KineticsTeacher() if RANK == 0 else None
             except (OSError, RuntimeError) as error:                    # no network, or half a download
                 reason = f"torchvision's r2plus1d_18 cannot be had ({error})"
         if agree(network is not None):
@@ -1550,49 +1532,49 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes, data.train, data.eval)}"
     folder, done = agree((folder, (folder / "embeddings.pt").exists()))
     if not done:
-        if reason and network is None:
+        if reason and not network:
             console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
-        if "explain" in settings:
-            console.warn(f"the checkpoint's teacher is not in {cache} and is made anew: the same one only from the same "
-                         "data, settings, program and number of threads; --cache names the folder of the run")
         folder.mkdir(parents=True, exist_ok=True)
-        network, info = choose_teacher(job, folder, network)
+        if network:
+            known, info = False, {"kind": "torchvision r2plus1d_18, Kinetics-400"}      # known: are the classes to it?
+            network = equip(network, settings)
+        elif file:
+            saved, info = load_checkpoint(choice), {"kind": f"checkpoint {choice}"}
+            network, known = restore(job, "teacher", saved), saved["classes"] == data.classes
+        else:
+            (network, info), known = train_teacher(job, folder), True
         jobs = [(i, (spec.kind,)) for i in data.eval]
         decoded = data.store.decode(jobs, settings["workers"], console.progress("decoding"))
-        shared = [i for i, *_, reason in decoded if not reason]
+        shared = [i for i, *_, problem in decoded if not problem]
         scores, found = predict(job, network, data.train + shared, label="teacher embeddings")
         pooled = torch.zeros(len(data.store.clips), found.shape[1])
         pooled[data.train + shared] = found
-        known = "held_out" in info or (file and load_checkpoint(choice)["classes"] == data.classes)
         save(folder / "embeddings.pt", {"pooled": pooled, "shared": shared, "info": info,
                                         "scores": scores[len(data.train):] if known else None})
     return torch.load(folder / "embeddings.pt", weights_only=True, mmap=True)
 
 def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
-    """Teacher embeddings (N, D), zeros where there is none, and what the teacher is; its own score is in `metrics`."""
-    settings, data, _, _ = job
+    """Teacher embeddings (N, D) for a student's job, zeros where there is none; what it is, its score in `metrics`."""
+    settings, data, spec, _ = job
     if folder := settings.get("teacher_features"):
         files, clips = find_features(folder, data.store.clips), data.store.clips
         shared = [i for i in data.eval if clips[i].id in files]
         found = read_features([files[clips[i].id] for i in data.train + shared])
-        scores: Any = None
-        info: dict[str, Any] = {"kind": f"embeddings {folder}"}
         embeddings = torch.zeros(len(clips), found.shape[1])
         embeddings[data.train + shared] = found
+        kept: dict[str, Any] = {"info": {"kind": f"embeddings {folder}"}, "scores": None}
     else:
-        kept = run_teacher(job, cache)
-        embeddings, shared, info, scores = kept["pooled"], kept["shared"], kept["info"], kept["scores"]
+        kept = run_teacher(job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video")), cache)
+        embeddings, shared = kept["pooled"], kept["shared"]
+    info, scores = kept["info"], kept["scores"]
     if shared and scores is None:                                       # it has other classes or none
-        probe = probe_of(job, embeddings)
-        scores, info["scored_by"] = probe(embeddings[shared]), "a linear probe on its embeddings"
+        scores, info["scored_by"] = probe_of(job, embeddings)(embeddings[shared]), "a linear probe on its embeddings"
     return embeddings, {**info, "metrics": score(settings["task"], scores, data.labels(shared))} if shared else info
 
 # ============================================== 11. Predicting and explaining
 def predict_files(settings: dict[str, Any], saved: dict[str, Any]) -> None:
     """What --predict does: prints the likeliest classes of each file or, with --gallery, the clips nearest to it.
-
-    Raises InputError if there is nothing to look at, and after the last file if any of them could not be used.
-    """
+    Raises InputError if there is nothing to look at, and after the last file if any of them could not be used."""
     kind, console = saved["network"]["kind"], Console(settings["quiet"] or settings["json"])
     def listed(paths: Sequence[str]) -> list[str]:
         found = [file for path in paths for file in (walk_media(path) if os.path.isdir(path) else [path])
@@ -1618,16 +1600,19 @@ def predict_files(settings: dict[str, Any], saved: dict[str, Any]) -> None:
             raise InputError(f"--gallery {settings['gallery']} holds no clip with {kind} that can be read")
         queries, names = sum(i < len(files) for i in good), [store.clips[i].id for i in good if i >= len(files)]
         scores = cosine_matrix(embeddings[:queries], embeddings[queries:])
-    rows, results = iter(scores), []
+    results, rows = list[dict[str, Any]](), iter(scores)
     for file, reason in zip(files, reasons):
-        order = [] if reason else zip(*map(Tensor.tolist, next(rows).sort(descending=True)))
-        top = [{"name": names[k], "score": round(value, 6)} for value, k in order
-               if not gallery or os.path.realpath(names[k]) != os.path.realpath(file)][:settings["topk"]]
-        error = reason.removeprefix(f"{file}: ")
-        results.append({"file": file, "error": error} if error else {"file": file, "top": top})
+        if reason:
+            results.append({"file": file, "error": reason.removeprefix(f"{file}: ")})
+        else:
+            order = zip(*map(Tensor.tolist, next(rows).sort(descending=True)))
+            top = [{"name": names[k], "score": round(value, 6)} for value, k in order
+                   if not gallery or os.path.realpath(names[k]) != os.path.realpath(file)]
+            results.append({"file": file, "top": top[:settings["topk"]]})
         if not settings["json"]:
-            lines = [f"error: {error}"] if error else [f"{best['score']:.3f}  {best['name']}" for best in top]
-            print(console.clear + file, *(f"  {line}" for line in lines), sep="\n")
+            lines = [f"error: {results[-1]['error']}"] if reason else [
+                f"{best['score']:.3f}  {best['name']}" for best in results[-1]["top"]]
+            print(console.clear + file, *lines, sep="\n  ")
     if settings["json"]:
         print(json.dumps(results, indent=2))
     if failed := sum("error" in result for result in results):
@@ -1637,26 +1622,26 @@ def heat(values: Tensor) -> Tensor:
     """Numbers 0..1 (..., H, W) as colours from black over red and yellow to white: (..., 3, H, W) in 0..1."""
     return (3 * values.unsqueeze(-3) - torch.arange(3.0).view(3, 1, 1)).clamp(0, 1)
 
-def write_text(text: str, width: int) -> Tensor:
-    """Black text on white, wrapped: (3, 28 * lines, width) in 0..1; torchvision's font, twice its size, which knows
-    Latin letters without accents only."""
-    lines = [part.replace(" ", "  ") for line in text.splitlines()             # its spaces are narrow
-             for part in textwrap.wrap(line, width // 11, subsequent_indent=" " * 3)]
-    canvas = torch.full((3, 14 * len(lines), width // 2), 255, dtype=torch.uint8)
-    drawn = draw_bounding_boxes(canvas, torch.zeros(1, 4), ["\n".join(lines)], "white", label_colors="black")
-    return F.interpolate(drawn[None] / 255, scale_factor=2)[0]
-
-def pile(*pictures: Tensor) -> Tensor:
-    """Pictures (3, h, w) one below the other on white."""
-    width = max(picture.shape[2] for picture in pictures)
-    return torch.cat([F.pad(picture, (0, width - picture.shape[2], 0, 10), value=1.0) for picture in pictures], dim=1)
+def pile(*parts: str | Tensor, width: int = 1056) -> Tensor:
+    """Pictures (3, h, w) and wrapped texts, one below the other on white: (3, H, W) in 0..1. The font, torchvision's at
+    twice its size, knows Latin letters without accents only."""
+    pictures = list[Tensor]()
+    for part in parts:
+        if isinstance(part, str):
+            lines = [piece.replace(" ", "  ") for line in part.splitlines()             # its spaces are narrow
+                     for piece in textwrap.wrap(line, width // 11, subsequent_indent=" " * 3)]
+            canvas = torch.full((3, 14 * len(lines), width // 2), 255, dtype=torch.uint8)
+            drawn = draw_bounding_boxes(canvas, torch.zeros(1, 4), ["\n".join(lines)], "white", label_colors="black")
+            part = F.interpolate(drawn[None] / 255, scale_factor=2)[0]
+        pictures.append(part)
+    widest = max(picture.shape[2] for picture in pictures)
+    return torch.cat([F.pad(picture, (0, widest - picture.shape[2], 0, 10), value=1.0) for picture in pictures], dim=1)
 
 def draw_attention(inputs: Tensor, attention: Tensor, width: int = 1056) -> Tensor:
     """What a student sees of a clip, above the same under the attention (K,) on it: (3, H, width) in 0..1.
 
     inputs  frames (3, T, S, S) or log-mel (T, 64), as `Prepare` makes them. A square is a position of the student's map;
-            orange has an even share of the attention, black none, white twice that or more.
-    """
+            orange has an even share of the attention, black none, white twice that or more."""
     if inputs.ndim == 4:
         frames, side = inputs.shape[1:3]
         pictures = (inputs * Prepare().std + Prepare().mean).transpose(0, 1)
@@ -1674,30 +1659,30 @@ def draw_attention(inputs: Tensor, attention: Tensor, width: int = 1056) -> Tens
     return pile(*(make_grid(row, min(8, len(row)), pad_value=1.0) for row in (pictures, shaded)))
 
 class Seen(NamedTuple):
-    """What student and filter make of clips."""
+    """What student and filter make of clips, on the CPU."""
     inputs: Tensor       # (B, ...) of the student
-    features: Features
-    filtered: Filtered
-    ungated: Tensor      # (B, C) the filter's logits when it asks with the teacher as it is
+    logits: Tensor       # (3, B, C) of the student, of the filter asking with the teacher as it is and with it purified
+    gate: Tensor         # (B, D)
+    attention: Tensor    # (B, K) of the purified teacher
     similarity: Tensor   # (B, B) cosine of student and purified teacher
 
 @torch.no_grad()
 def look(job: Job, student: nn.Module, noise_filter: ModalityNoiseFilter, teacher: Tensor, clips: Sequence[int]) -> Seen:
-    """Student and filter, in evaluation mode, on the first view of each clip; on the CPU."""
-    device, views = next(student.parameters()).device, Views(job.data, job.spec, "val")
+    """Student and filter, in evaluation mode, on the first view of each clip."""
+    device, views = job.settings["device"], Views(job.data, job.spec, "val")
     student.eval(), noise_filter.eval()
     frames, boxes, *_ = join_views([tuple(part[:1] for part in views[i, 0]) for i in clips])
     inputs, embedding = Prepare(job.spec.size).to(device)(frames.to(device), boxes.to(device)), teacher[clips].to(device)
     features = student(inputs)
     filtered, raw = noise_filter(embedding, features.map), noise_filter.adapter(embedding)[:, None]
     evidence = noise_filter.trans_sv(noise_filter.attn(raw, features.map, features.map)[0][:, 0])
-    ungated, similarity = noise_filter.sv_cls_classifier(evidence), cosine_matrix(features.pooled, filtered.teacher)
-    return Seen(inputs.cpu(), Features(*(x.cpu() for x in features)), Filtered(*(x.cpu() for x in filtered)),
-                ungated.cpu(), similarity.cpu())
+    logits = torch.stack([features.logits, noise_filter.sv_cls_classifier(evidence), filtered.logits])
+    similarity = cosine_matrix(features.pooled, filtered.teacher)
+    return Seen(*(x.cpu() for x in (inputs, logits, filtered.gate, filtered.attention, similarity)))
 
 def draw_clip(job: Job, seen: Seen, clip: Clip) -> Tensor:
     """A clip, seen alone: labels, predictions of student and filter, the gate's channels, where the attention lies."""
-    data, settings, gate = job.data, job.settings, seen.filtered.gate[0]
+    data, settings, gate = job.data, job.settings, seen.gate[0]
     def top(values: Tensor, names: Sequence[Any], count: int) -> str:
         best = values.topk(min(count, len(values)))
         return ", ".join(f"{names[k]:.32} {value:.2f}" for value, k in zip(*map(Tensor.tolist, best)))
@@ -1706,61 +1691,54 @@ def draw_clip(job: Job, seen: Seen, clip: Clip) -> Tensor:
         shown, mixed = demo_truth(clip, settings["seed"], settings["noise"], settings["mismatch"])
         lines.append("its teacher modality holds " + (", ".join(data.classes[k] for k in shown) or "nothing")
                      + "".join(f"; mixed in: {data.classes[k]}" for k in mixed))
-    for name, logits in (("student", seen.features.logits), ("filter, teacher as it is", seen.ungated),
-                         ("filter, teacher purified", seen.filtered.logits)):
-        scores = logits[0].sigmoid() if data.tags else logits[0].softmax(0)
-        lines.append(f"{name}:  {top(scores, data.classes, 3)}")
-    channels = [str(k) for k in range(len(gate))]
-    lines += [f"similarity of student and purified teacher:  {seen.similarity.item():.2f}",
+    scores = seen.logits[:, 0].sigmoid() if data.tags else seen.logits[:, 0].softmax(1)
+    names, channels = ("student", "filter, teacher as it is", "filter, teacher purified"), [*map(str, range(len(gate)))]
+    lines += [*(f"{name}:  {top(row, data.classes, 3)}" for name, row in zip(names, scores)),
+              f"similarity of student and purified teacher:  {seen.similarity.item():.2f}",
               f"gate, {gate.mean():.2f} open on average:  most open channels {top(gate, channels, 4)}",
               f"most closed channels {top(-gate, channels, 4).replace('-', '')}; all of them, black 0, white 1:"]
-    strip = F.interpolate(heat(gate[None])[None], (24, 1056))[0]
-    views = draw_attention(seen.inputs[0], seen.filtered.attention[0])
-    legend = "above: the view; below: the purified teacher's attention; black none, orange an even share, white twice it"
-    return pile(write_text("\n".join(lines), 1056), strip, views, write_text(legend, 1056))
+    return pile("\n".join(lines), F.interpolate(heat(gate[None])[None], (24, 1056))[0],
+                draw_attention(seen.inputs[0], seen.attention[0]), "above: the view; below: the purified teacher's "
+                "attention; black none, orange an even share, white twice it")
 
 def draw_batch(job: Job, seen: Seen, labels: Tensor, calibrate: bool) -> Tensor:
     """The batch's matrices side by side: one sees which pairs are softened."""
-    offset, overlap = job.settings["csc_offset"], label_overlap(labels)
+    offset, overlap, panels = job.settings["csc_offset"], label_overlap(labels), []
     temperature = seen.similarity.clamp_min(0) * calibrate + offset
     own, sharing = torch.eye(len(overlap)).bool(), overlap > 0
     kinds = {"own pair": own, "other pairs that share a label": sharing & ~own, "the rest": ~sharing}
     means = [f"{name} {seen.similarity[mask].mean():.2f}" for name, mask in kinds.items() if mask.any()]
-    side = 1056 // 3 - 10
-    panels = [pile(write_text(title, side), F.interpolate(heat(values / most)[None], (side, side))[0])
-              for title, values, most in (("similarity (0 to 1)", seen.similarity.clamp(0, 1), 1),
-                                          (f"temperature (0 to {1 + offset:g})", temperature, 1 + offset),
-                                          ("label overlap (0 to 1)", overlap, 1))]
+    for title, values, most in (("similarity", seen.similarity.clamp(0, 1), 1), ("temperature", temperature, 1 + offset),
+                                ("label overlap", overlap, 1)):
+        picture = F.interpolate(heat(values / most)[None], (342, 342))[0]
+        panels.append(F.pad(pile(f"{title} (0 to {most:g})", picture, width=342), (0, 10), value=1.0))
     text = (f"{len(overlap)} clips sorted by class; rows: student, columns: purified teacher; black 0, white highest\n"
             f"mean similarity: {'; '.join(means)}\nbright temperature: the pair is softened; dark: it is sharpened")
-    return pile(write_text(text, 1056), torch.cat([F.pad(panel, (0, 10), value=1.0) for panel in panels], dim=2))
+    return pile(text, torch.cat(panels, dim=2))
 
 def draw_groups(groups: dict[str, Tensor], measures: dict[str, Tensor]) -> tuple[str, Tensor]:
     """How groups of clips, masks (N,), differ in measures (N,): in words, and the same with histograms (3, H, 1056)."""
-    text, pictures, first = [], [], next(iter(groups.values()))
+    parts, first = list[str | Tensor](), next(iter(groups.values()))
     for measure, values in measures.items():
         low, high = values.min().item(), values.max().item()
-        text.append(f"{measure}, {low:.2f} to {high:.2f}")
-        pictures.append(write_text(text[-1], 1056))
+        parts.append(f"{measure}, {low:.2f} to {high:.2f}")
         for name, mask in groups.items():
             mean, deviation = values[mask].mean(), values[mask].std(correction=0)
-            text.append(f"  {name:18} {int(mask.sum()):>5} clips  {mean:.3f} ± {deviation:.3f}")
+            text = f"  {name:18} {int(mask.sum()):>5} clips  {mean:.3f} ± {deviation:.3f}"
             if mask is not first:
                 chance = mean_auc(values[first | mask][:, None], first[first | mask][:, None])
-                text[-1] += f"  lower than one of the first group with chance {chance:.2f}"
+                text += f"  lower than one of the first group with chance {chance:.2f}"
             counts = torch.histc(values[mask], 44, low, high)
             bars = torch.linspace(1, 0, 40)[:, None] >= counts / counts.max()                # black on white
-            bars = F.interpolate(bars.float().expand(1, 3, -1, -1), (40, 1056))[0]
-            pictures += [write_text(text[-1], 1056), bars]
-    return "\n".join(text), pile(*pictures)
+            parts += [text, F.interpolate(bars.float().expand(1, 3, -1, -1), (40, 1056))[0]]
+    return "\n".join(part for part in parts if isinstance(part, str)), pile(*parts)
 
 def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
     """What --explain does: a sheet for each of N clips, one of a batch's matrices, one that compares groups of clips."""
-    settings, data, spec, console = job
-    source, clips = settings["checkpoint"], data.store.clips
-    check_classes(job, "checkpoint", saved)
+    settings, data, _, console = job
+    source, clips, folder = settings["checkpoint"], data.store.clips, out / "explain"
     student = restore(job, "checkpoint", saved)
-    teacher, _ = embed_clips(job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video")), cache)
+    teacher, _ = embed_clips(job, cache)
     noise_filter: Any = make_distiller(job, saved["method"], teacher)
     try:
         noise_filter.load_state_dict(saved["filter"])
@@ -1768,31 +1746,32 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
         raise InputError(f"the filter in {source} does not fit embeddings of {teacher.shape[1]} numbers; give --teacher "
                          "or --teacher-features as it was trained with") from error
     if "teacher" in saved and not np.allclose(fingerprint(teacher), saved["teacher"], rtol=1e-3):
-        console.warn(f"{source} was trained with other teacher embeddings than these; the sheets show little then")
-    see = partial(look, job, student, noise_filter.to(settings["device"]), teacher)
+        console.warn(f"{source} was trained with other teacher embeddings than these of {cache}; the sheets show little "
+                     "then; --cache names the folder that has them, --teacher the checkpoint that makes them")
+    see = partial(look, job, student, noise_filter, teacher)
     usable = [i for i in data.eval if teacher[i].any()]                 # the others lack the teacher's modality
     if not usable:
         raise InputError(f"no evaluation clip of {settings['data']} has the teacher's modality; there is nothing to draw")
     def some(chosen: Sequence[int], most: int) -> list[int]:
         order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:most]
         return [chosen[k] for k in order.sort().values]
-    folder = out / "explain"
     folder.mkdir(exist_ok=True)
     drawn, batch = some(usable, settings["explain"]), sorted(some(usable, 32), key=lambda i: clips[i].labels)
     for i in drawn:
         save_image(draw_clip(job, see([i]), clips[i]), folder / f"clip-{clips[i].id.replace('/', '_')}.png")
     save_image(draw_batch(job, see(batch), data.labels(batch), saved["method"] == "xmkd"), folder / "batch.png")
-    many = some(data.train, 250) + some(usable, 250) if settings["data"] != "demo" else some(data.train, 500)
-    train = torch.tensor([clips[i].split == "train" for i in many])
-    groups = {"training clips": train, "evaluation clips": ~train}
     if settings["data"] == "demo":                      # which knows the truth; its evaluation clips all match
+        many = some(data.train, 500)
         truth = [demo_truth(clips[i], settings["seed"], settings["noise"], settings["mismatch"]) for i in many]
         matched = torch.tensor([shown == [*clips[i].labels] for i, (shown, _) in zip(many, truth)])
         noisy = torch.tensor([bool(mixed) for _, mixed in truth])
         groups = {"matched and clean": matched & ~noisy, "matched and noisy": matched & noisy, "mismatched": ~matched}
-    measures = [torch.stack([seen.filtered.gate.mean(1), seen.similarity.diag()])
-                for seen in (see(many[k:k + 64]) for k in range(0, len(many), 64))]
-    openness, similarity = torch.cat(measures, dim=1)
+    else:
+        many = some(data.train, 250) + some(usable, 250)
+        train = torch.tensor([clips[i].split == "train" for i in many])
+        groups = {"training clips": train, "evaluation clips": ~train}
+    parts = (see(many[k:k + 64]) for k in range(0, len(many), 64))
+    openness, similarity = torch.cat([torch.stack([x.gate.mean(1), x.similarity.diag()]) for x in parts], dim=1)
     table, picture = draw_groups({name: mask for name, mask in groups.items() if mask.any()}, {
         "openness of the gate": openness, "similarity of student and teacher": similarity})
     save_image(picture, folder / "groups.png")
@@ -1800,18 +1779,17 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
 
 # ============================================== 12. Run support
 class Console:
-    """Lines for people. Progress rewrites one line on a terminal, is a line every 20 s elsewhere; `quiet` mutes both."""
+    """Lines for people, on stdout; warnings on stderr, kept for results.json. Progress rewrites one line on a terminal,
+    is a line every 20 s elsewhere; `quiet` mutes all but warnings."""
     def __init__(self, quiet: bool = False) -> None:
         self.quiet, self.terminal, self.warnings = quiet or RANK > 0, sys.stdout.isatty(), list[str]()
         self.clear = "\r\x1b[K" if self.terminal else ""
 
     def say(self, text: str) -> None:
-        """One line on stdout."""
         if not self.quiet:
             print(self.clear + text, flush=True)
 
     def warn(self, text: str) -> None:
-        """One line on stderr, kept for results.json."""
         self.warnings.append(text)
         if RANK == 0:
             print(f"{self.clear}warning: {text}", file=sys.stderr, flush=True)
@@ -1832,16 +1810,14 @@ def open_board(folder: Path, first: int, console: Console) -> Any:
     """A TensorBoard writer for the epochs from `first` on; None, with a warning, where tensorboard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
+        return SummaryWriter(str(folder), purge_step=first)
     except ImportError as error:
         console.warn(f"no curves: {error}; pip install tensorboard; the numbers are in {folder / 'log.jsonl'} anyway")
         return None
-    return SummaryWriter(str(folder), purge_step=first)
 
 def write(path: Path, content: Any) -> None:
-    """JSON, for .npy an array, for .pt tensors and plain Python; written beside, flushed, renamed: never half a file.
-
-    Raises OSError that names the path and the space left.
-    """
+    """Text, JSON, for .npy an array, for .pt tensors and plain Python; written beside, flushed, renamed: never half a
+    file. Raises OSError that names the path and the space left."""
     part = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.part")
     try:
         with part.open("wb") as file:
@@ -1850,7 +1826,7 @@ def write(path: Path, content: Any) -> None:
             elif path.suffix == ".npy":
                 np.save(file, content)
             else:
-                file.write(json.dumps(content, indent=2).encode() + b"\n")
+                file.write((content if isinstance(content, str) else json.dumps(content, indent=2) + "\n").encode())
             file.flush()
             if path.suffix != ".npy":                                   # the cache notices what a power cut leaves
                 os.fsync(file.fileno())
@@ -1927,9 +1903,7 @@ def network_of(state: dict[str, Tensor]) -> dict[str, Any]:
 
 def check_fit(network: dict[str, Any], state: dict[str, Tensor], room: int) -> None:
     """An error naming the key if a state dict is not that of the network, in finite numbers of at most `room` bytes.
-
-    It takes no memory, whatever the sizes: a tensor of any shape may repeat one number, a network have any arguments.
-    """
+    It takes no memory: a tensor of any shape may repeat one number, a network have any arguments."""
     for key, value in state.items():
         real = isinstance(value, Tensor) and (value.is_floating_point() or key.endswith("num_batches_tracked"))
         if not real or value.layout != torch.strided:
@@ -1950,24 +1924,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Keys: `student` (state dict for VideoNet or AudioNet), `filter` (for ModalityNoiseFilter; empty without one),
     `network` (arguments of `make_network`), `task`, `method`, `seed`, `classes`, `settings`, `versions`, `epoch`; of
-    others' checkpoints `task` and `classes` are None. The authors' pickled schedulers are let in by class, then dropped.
-    """
+    others' checkpoints `task` and `classes` are None. The authors' pickled schedulers are let in by class and dropped."""
     bases = (torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)
     known = [value for module in (torch.optim, torch.optim.lr_scheduler) for value in vars(module).values()
              if isinstance(value, type) and issubclass(value, bases)]
+    plain: Any = (lambda factory: OrderedDict(), "collections.defaultdict")     # the loader fills no defaultdict
+    problem = "no readable checkpoint"
     try:
-        if zipfile.is_zipfile(path) and (size := sum(part.file_size for part in zipfile.ZipFile(path).infolist())) > (
-                os.path.getsize(path)):
+        room = os.path.getsize(path)
+        if zipfile.is_zipfile(path) and (size := sum(part.file_size for part in zipfile.ZipFile(path).infolist())) > room:
             raise ValueError(f"its parts are compressed and would take {size / 1e6:,.0f} MB; torch.save does not do that")
-        plain: Any = (lambda factory: OrderedDict(), "collections.defaultdict")     # the loader fills no defaultdict
         with torch.serialization.safe_globals([*known, Counter, dict, plain]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                          # a dozen kinds, by what is wrong with the file
-        reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
-        raise InputError(f"{path} is no readable checkpoint: {reason.splitlines()[0][:150]}") from error
-    try:
+        problem = "no checkpoint of this program, the paper's authors or PANNs"
         if {"student", "network", "classes", "task"} <= content.keys():
-            check_fit(content["network"], content["student"], os.path.getsize(path))
+            check_fit(content["network"], content["student"], room)
             for key, kind in {"settings": dict, "filter": dict, "classes": list, "task": str, "seed": int}.items():
                 if not isinstance(content[key], kind):
                     raise TypeError(f"{key} holds {content[key]!r:.50}, no {kind.__name__}")
@@ -1977,13 +1948,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         states = (content.get("state_dict", content.get("model")), content.get("audio_state_dict", {}))
         student, noise_filter = ({key.replace("module.", "").replace("_orig_mod.", ""): state[key] for key in state
                                   if "_extractor." not in key} for state in states)     # those of PANNs' log-mel
-        check_fit(network := network_of(student), student, os.path.getsize(path))
+        check_fit(network := network_of(student), student, room)
         return {"student": student, "filter": noise_filter, "network": network, "task": None, "classes": None,
                 "method": "xmkd" if noise_filter else "student", "seed": 3, "settings": {}, "versions": {},
                 "epoch": content.get("epoch", content.get("iteration", 0))}
-    except Exception as error:                                          # likewise
-        raise InputError(f"{path} is no checkpoint of this program, the paper's authors or PANNs: "
-                         f"{' '.join(str(error).split())[:300]}") from error
+    except Exception as error:                                          # a dozen kinds, by what is wrong with the file
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
+        raise InputError(f"{path} is {problem}: {reason[:300]}") from error
 
 def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits that change when any of the parts does."""
@@ -2124,7 +2095,7 @@ def find_layout(root: str) -> str:
 def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, str]],
                console: Console) -> tuple[list[Clip], list[str], dict[str, list[str]]]:
     """Indexes a data set and prints what was found -> usable clips, class names, streams needed by split."""
-    root, task, evaluating = settings["data"], settings["task"], "eval" in settings
+    root, task, folder = settings["data"], settings["task"], settings.get("teacher_features")
     if layout == "audioset" and task != "audio_tagging":
         raise InputError(f"--task {task} needs one label a clip, AudioSet's have several; use --task audio_tagging")
     if layout == "demo":
@@ -2133,10 +2104,10 @@ def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, s
         choice = {"audioset": {"split": settings["split"]}, "ucf101": {"fold": settings["fold"]}}.get(layout, {})
         clips, classes = READERS[layout](root, **choice, skipped=skipped)
     listed = len(clips) + sum(reason.startswith("missing") for _, reason in skipped)
-    parts = ("eval",) if evaluating and task != "video_retrieval" else ("train", "eval")
+    parts = ("eval",) if "eval" in settings and task != "video_retrieval" else ("train", "eval")
     clips = [clip for clip in clips if clip.split in parts]
     # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
-    folder, both, alone = settings.get("teacher_features"), ["audio", "video"], [STUDENT_KIND[task]]
+    both, alone = ["audio", "video"], [STUDENT_KIND[task]]
     needs = {"train": alone if folder else both, "eval": both if layout == "ucf101" and not folder else alone}
     lacking = {clip: "missing: no file with the other stream" for clip in clips
                if not all(getattr(clip, kind) for kind in needs[clip.split])}
@@ -2178,12 +2149,13 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     gc.freeze()                                                         # and not copied into the loader's processes
     store = open_store(layout, settings, None if settings["no_cache"] else cache, clips)
     jobs: list[tuple[int, Sequence[str]]] = [(i, needs[clip.split]) for i, clip in enumerate(clips)]
+    decode = partial(store.decode, workers=settings["workers"], progress=console.progress("decoding"))
     if store.folder:
-        some = store.decode(jobs[::max(1, len(jobs) // 8)], settings["workers"], console.progress("decoding"))
+        some = decode(jobs[::max(1, len(jobs) // 8)])
         cache.mkdir(parents=True, exist_ok=True)
         size, free = len(jobs) * sum(n for _, _, n, _ in some) / len(some), shutil.disk_usage(cache).free
         console.say(f"cache   {cache}: about {size / 1e9:.2g} GB when all is decoded; {free / 1e9:.3g} GB are free there")
-    done = store.decode(jobs, settings["workers"], console.progress("decoding"))
+    done = decode(jobs)
     bad = {i: reason for i, *_, reason in done if reason}
     for i, reason in bad.items():
         path = next((path for path in (clips[i].video, clips[i].audio) if path and reason.startswith(f"{path}: ")), None)
@@ -2198,22 +2170,18 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     if len(bad) > settings["max_skipped"] * len(clips):
         raise InputError(f"{len(bad)} of {len(clips)} clips are unreadable, more than the share --max-skipped "
                          f"{settings['max_skipped']:g}; the first: {next(iter(bad.values()))}")
-    training = any(clip.split == "train" for clip in clips)
-    least = 2 * WORLD * (2 if settings["mixup"] else 1)
-    if not evaluation or (training and len(train) < least):
+    least = 2 * WORLD * (2 if settings["mixup"] else 1) if any(clip.split == "train" for clip in clips) else 0
+    if not evaluation or len(train) < least:
         raise InputError(f"{len(train)} training and {len(evaluation)} evaluation clips can be read; needs {least} and 1")
-    used = {label for i in train for label in clips[i].labels}
-    without = [name for label, name in enumerate(classes) if label not in used]
-    if training and without:
-        console.warn(f"{len(without)} of {len(classes)} classes have no training clip, such as {without[0]!r}")
-    lost = len(classes) - len({label for i in evaluation for label in clips[i].labels})
-    if lost and settings["task"] == "audio_tagging":
-        console.warn(f"{lost} of {len(classes)} classes have no evaluation clip; the metrics are means over the others")
-    longest = max((n for i, lengths, *_ in done for kind, n in zip(needs[clips[i].split], lengths) if kind == "audio"),
-                  default=0) / 32000
-    if longest and "eval" not in settings and not settings["benchmark"]:
-        settings["seconds"] = min(settings["seconds"], max(longest, 0.4))
-    return Data(store, classes, settings["task"] == "audio_tagging", train, evaluation)
+    data = Data(store, classes, settings["task"] == "audio_tagging", train, evaluation)
+    for part, name, but in (train, "training", ""), (evaluation, "evaluation", "; the metrics are means over the others"):
+        lost = sorted({*range(len(classes))}.difference(*(clips[i].labels for i in part)))
+        if part and lost and (part is train or data.tags):
+            console.warn(f"{len(lost)} of {len(classes)} classes have no {name} clip, such as {classes[lost[0]]!r}{but}")
+    if "eval" not in settings and not settings["benchmark"]:
+        sounds = [n for i, lengths, *_ in done for kind, n in zip(needs[clips[i].split], lengths) if kind == "audio"]
+        settings["seconds"] = min(settings["seconds"], max(0.4, max(sounds, default=math.inf) / 32000))
+    return data
 
 def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> None:
     """A line a method: the mean of each metric and, over several seeds, its standard deviation."""
@@ -2229,8 +2197,7 @@ def print_table(rows: dict[str, list[dict[str, float]]], console: Console) -> No
 def check_modes(given: dict[str, Any], saved: dict[str, Any]) -> None:
     """InputError if options contradict each other, need others, or the checkpoint cannot do what is asked."""
     for first, other in [("method", "compare"), ("teacher", "teacher_features"), ("benchmark", "compare"),
-                         ("eval", "checkpoint"), ("eval", "teacher"), ("predict", "teacher"),
-                         *itertools.combinations(MODES, 2),
+                         ("eval", "teacher"), ("predict", "teacher"), *itertools.combinations(MODES, 2),
                          *itertools.product(MODES[:3], ("compare", "method", "resume"))]:
         if given.get(first) and given.get(other):
             raise InputError(f"--{first} and --{other} exclude each other; give one".replace("_", "-"))
@@ -2239,14 +2206,10 @@ def check_modes(given: dict[str, Any], saved: dict[str, Any]) -> None:
         if given.get(one) and not given.keys() & {*others}:
             raise InputError(f"--{one} needs --{' or --'.join(others)}")
     if "explain" in given and not (saved["filter"] and saved["method"] in ("mnf", "xmkd")):
-        raise InputError(f"--checkpoint {given['checkpoint']} is of {saved['method']}, without a filter; give one of "
-                         "xmkd or mnf")
+        raise InputError(f"{given['checkpoint']} is of {saved['method']}, without a filter; give one of xmkd or mnf")
 
 def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str], dict[str, Any]]:
-    """Checks the options given, fills in the others -> (layout, methods, settings). `saved`: the checkpoint, if any.
-
-    The layout is `find_layout`'s, or "files" for --predict.
-    """
+    """Checks the options given, fills in the others -> (layout or, to predict, "files"; methods; settings)."""
     check_modes(given, saved)
     inherited = {name: value for name, value in saved.get("settings", {}).items()
                  if name not in (RUN_OPTIONS - {"seed"}) | {"amp"}}
@@ -2254,18 +2217,16 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
         inherited["task"] = given.get("task", saved["task"] or tasks[0])
         if inherited["task"] not in tasks:
-            option = "eval" if "eval" in given else "checkpoint"
-            raise InputError(f"--{option} {given[option]} is a checkpoint of --task {tasks[0]}, not of {given['task']}")
+            path = given.get("eval", given.get("checkpoint"))
+            raise InputError(f"{path} is a checkpoint of --task {tasks[0]}, not of {given['task']}; leave --task out")
     layout = "files" if "predict" in given else find_layout(given.get("data", inherited.get("data", "demo")))
     settings = {**DEFAULTS, **RECIPES.get(layout, {}), **inherited, **given}
     if saved:
         settings["width"] = saved["network"]["width"]
-    file = annotation_file(settings["data"]) if layout in ("annotation", "activitynet") else None
-    if str(file).endswith("annotation.json") and not saved and "teacher" not in given:
-        if any(walk_files(settings["data"], ".npy")):                   # the authors' release brings them
-            settings.setdefault("teacher_features", settings["data"])
-    if not os.path.isdir(settings.get("teacher_features", ".")):
-        raise InputError(f"--teacher-features {settings['teacher_features']} is not a folder; give one of .npy files")
+    if layout in ("annotation", "activitynet") and not saved and "teacher" not in given:
+        root = settings["data"]                                         # the authors' release brings features
+        if str(annotation_file(root)).endswith("annotation.json") and any(walk_files(root, ".npy")):
+            settings.setdefault("teacher_features", root)
     if settings["device"] == "auto":
         settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if settings["device"].startswith("cuda") and WORLD > 1:             # each process has its own
@@ -2285,51 +2246,32 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         raise InputError(f"--{alone} is for one process; start it without torchrun")
     if settings["batch_size"] % WORLD and not saved:
         raise InputError(f"--batch-size {settings['batch_size']} is not a multiple of the {WORLD} processes; make it one")
-    both = layout == "demo" and "method" not in given and not settings["benchmark"]
-    default = "student,xmkd" if both else given.get("method", "xmkd")
     if settings["benchmark"] and layout == "demo":
         settings["fps"] = settings["frames"]                            # a second of demo then fills a view
-    every = ",".join(METHODS)
-    methods = [method.strip() for method in given.get("compare", default).replace("paper", every).split(",")]
+    chosen, every = given.get("method", "student,xmkd" if layout == "demo" else "xmkd"), ",".join(METHODS)
+    methods = [method.strip() for method in given.get("compare", chosen).replace("paper", every).split(",")]
     if unknown := [method for method in methods if method not in METHODS or methods.count(method) > 1]:
         raise InputError(f"--compare {given['compare']}: {unknown[0]!r} is no method or there twice; choose from {every}")
     if given.get("teacher", "auto") not in ("auto", "scratch"):
         load_checkpoint(settings["teacher"])                            # refused now rather than after decoding
     return layout, methods, settings
 
-def check_classes(job: Job, option: str, saved: dict[str, Any]) -> None:
-    """InputError if the checkpoint that `option` names knows other classes than the data set has."""
-    checkpoint, classes = f"--{option} {job.settings[option]}", job.data.classes
-    known, count = saved["classes"], saved["network"]["num_classes"]
-    named = f" ({', '.join(known[:3])}, ...)" if known else ""
-    if classes != (known or classes) or len(classes) != count:
-        raise InputError(f"{checkpoint} knows {count} classes{named}, {job.settings['data']} has {len(classes)} "
-                         f"({', '.join(classes[:3])}, ...); give --data with the classes that it was trained on")
-    if known is None:                                        # the authors' or PANNs'
-        job.console.warn(f"{checkpoint} does not name its classes; their order is taken to be {classes[0]}, ... "
-                         f"{classes[-1]}; the authors' ActivityNet weights need their annotation.json in --data")
-
 def evaluate(job: Job, saved: dict[str, Any], out: Path) -> None:
-    """What --eval does. InputError if the checkpoint is of the teacher's modality or of other classes."""
-    settings, data, checkpoint, begun = job.settings, job.data, job.settings["eval"], time.time()
-    check_classes(job, "eval", saved)
-    network = restore(job, "eval", saved)
-    metrics = final_metrics(job, network)
-    save(out / "results.json", {"task": settings["task"], "data": settings["data"], "method": saved["method"],
-                                "seed": saved["seed"], "metrics": metrics, "teacher": None, "checkpoint": checkpoint,
-                                "warnings": job.console.warnings,
-                                "clips": {"eval": len(data.eval)}, "seconds": round(time.time() - begun, 1)})
-    print_table({saved["method"]: [metrics]}, job.console)
+    """What --eval does: results.json and a table."""
+    (settings, data, _, console), begun = job, time.time()
+    metrics = final_metrics(job, restore(job, "eval", saved))
+    save(out / "results.json", {
+        "task": settings["task"], "data": settings["data"], "method": saved["method"], "seed": saved["seed"],
+        "metrics": metrics, "teacher": None, "checkpoint": settings["eval"], "warnings": console.warnings,
+        "clips": {"eval": len(data.eval)}, "seconds": round(time.time() - begun, 1)})
+    print_table({saved["method"]: [metrics]}, console)
 
 def compare(job: Job, methods: list[str], cache: Path, out: Path) -> None:
     """Trains and evaluates a student by each method and seed, all with the same teacher; the table."""
-    (settings, data, spec, console), begun = job, time.time()
+    (settings, data, _, console), begun = job, time.time()
     shown = [name for name in settings if name == "epochs" or name not in RUN_OPTIONS | {"task", "data"}]
     console.say("recipe  " + ", ".join(f"{name} {settings[name]}" for name in shown))
-    teacher, info = None, {"kind": "none"}
-    if methods != ["student"]:
-        other = job._replace(spec=spec._replace(kind="audio" if spec.kind == "video" else "video"))
-        teacher, info = embed_clips(other, cache)
+    teacher, info = embed_clips(job, cache) if methods != ["student"] else (None, {"kind": "none"})
     rows: dict[str, list[Any]] = {"teacher": [info["metrics"]]} if info.get("metrics") else {}
     for seed in range(settings["seed"], settings["seed"] + settings["seeds"]):
         for method in methods:
@@ -2337,7 +2279,7 @@ def compare(job: Job, methods: list[str], cache: Path, out: Path) -> None:
             results = {**train_student(job, method, seed, teacher, folder), "teacher": info, "warnings": console.warnings}
             save(folder / "results.json", results)
             rows.setdefault(method, []).append(results["metrics"])
-    if len(methods) > 1 or settings["seeds"] > 1:
+    if folder != out:
         mean = {name: statistics.mean(run[name] for run in rows[methods[-1]]) for name in results["metrics"]}
         save(out / "results.json", {**results, "seed": settings["seed"], "seeds": settings["seeds"], "metrics": mean,
                                     "table": rows, "seconds": round(time.time() - begun, 1)})
@@ -2349,13 +2291,14 @@ def compare(job: Job, methods: list[str], cache: Path, out: Path) -> None:
 def benchmark(job: Job, method: str) -> None:
     """Prints how fast this machine loads and trains at the run's sizes; teacher embeddings are made up."""
     settings, data, spec, console = job._replace(settings={**job.settings, "mixup": False})
-    device, teacher = torch.device(settings["device"]), torch.rand(len(data.store.clips), 8 * settings["width"])
-    cuda, prepare = device.type == "cuda", Prepare(spec.size, settings["spec_augment"]).to(device)
-    loader = data.loader(data.train * 100, spec, "train", settings, settings["seed"], teacher)
+    device, cuda, seed = settings["device"], settings["device"].startswith("cuda"), settings["seed"]
+    prepare = Prepare(spec.size, settings["spec_augment"]).to(device)
+    teacher = torch.rand(len(data.store.clips), 8 * settings["width"])
     def clock() -> float:
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
+    loader = data.loader(data.train * 100, spec, "train", settings, seed, teacher)
     batches, loaded = itertools.chain.from_iterable(itertools.repeat(loader)), 0
     views, boxes, _, labels, embedding = (x.to(device) if isinstance(x, Tensor) else x for x in next(batches))
     begun = clock()
@@ -2365,30 +2308,25 @@ def benchmark(job: Job, method: str) -> None:
     def step(trained: nn.Module, helper: nn.Module | None, optimizer: torch.optim.Optimizer) -> None:
         train_step(trained, helper, optimizer, prepare(views, boxes), embedding, labels, settings["csc_offset"])
     with FlopCounterMode(display=False) as counter:                     # it cannot look into compiled code
-        step(*set_up(job._replace(settings={**settings, "compile": False}), method, settings["seed"], teacher)[1:4])
-    network, _, helper, optimizer, _ = set_up(job, method, settings["seed"], teacher)
-    rows, marks, timed, begun = list[np.ndarray](), [0.0], nn.Module(), math.inf
-    def forward(inputs: Tensor) -> Any:
-        marks.append(clock())
-        features = network(inputs)
-        marks.append(clock())
-        return features
-    timed.forward = forward
+        step(*set_up(job._replace(settings={**settings, "compile": False}), method, seed, teacher)[1:])
+    _, trained, helper, optimizer = set_up(job, method, seed, teacher)
+    rows, marks, timed, begun = list[np.ndarray](), list[float](), nn.Sequential(trained), math.inf
+    timed.register_forward_pre_hook(lambda *_: marks.append(clock()))
+    timed.register_forward_hook(lambda *_: marks.append(clock()))
     optimizer.register_step_pre_hook(lambda *_: marks.append(clock()))
     while len(rows) < 6 or clock() - begun < 5:                         # the first three compile and choose kernels
         begun = clock() if len(rows) == 3 else begun
         marks[:] = [clock()]
         step(timed, helper, optimizer)
         rows.append(np.diff([*marks, clock()]) * 1e3)
-    times, memory = np.median(rows[3:], axis=0), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    rate, memory = len(labels) / times.sum() * 1e3, torch.cuda.max_memory_allocated() if cuda else memory
+    prepared, forward, backward, update = times = np.median(rows[3:], axis=0)
+    memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rate, flops = len(labels) / times.sum() * 1e3, counter.get_total_flops() / times.sum() * 1e3
     name, clips = ("AudioSet's balanced list", 22160) if spec.kind == "audio" else ("UCF51", 4892)
-    prepared, forwards, backward, update = times
     console.say(f"loader  {supply:,.0f} clips/s by {settings['workers']} workers\n"
                 f"step    {times.sum():,.1f} ms for {len(labels)} clips, {rate:,.1f} clips/s: views {prepared:.1f}, "
-                f"forward {forwards:.1f}, losses and backward {backward:.1f}, optimizer {update:.1f}\n"
-                f"        {counter.get_total_flops() * rate / len(labels) / 1e12:.3g} TFLOP/s in convolutions and "
-                f"products, peak memory {memory / 2 ** 30:.2f} GiB\n"
+                f"forward {forward:.1f}, losses and backward {backward:.1f}, optimizer {update:.1f}\n"
+                f"        {flops / 1e12:.3g} TFLOP/s in convolutions and products, peak memory {memory / 2**30:.2f} GiB\n"
                 f"epoch   {clips / min(rate, supply) / 60:,.1f} min for {name} ({clips:,} clips)\n"
                 f"on      {torch.cuda.get_device_name() if cuda else f'{torch.get_num_threads()} CPU threads'}, torch "
                 f"{torch.__version__}, amp {settings['amp']}, method {method}")
@@ -2407,7 +2345,7 @@ def run(given: dict[str, Any]) -> None:
     default = f"runs/{settings['task']}-{source}-{label}-s{settings['seed']}"
     out = Path(settings.get("out", Path(checkpoint).parent if checkpoint and mode == "explain" else default))
     near = [folder / "cache" for folder in Path(checkpoint).absolute().parents[:2]] if checkpoint else []
-    near += [Path(saved["settings"]["cache"])] if "cache" in saved.get("settings", {}) else []
+    near.append(Path(saved.get("settings", {}).get("cache", out / "cache")))
     cache = Path(settings.get("cache", next((folder for folder in near if folder.exists()), out / "cache")))
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:                             # free again when the process ends
@@ -2426,7 +2364,7 @@ def run(given: dict[str, Any]) -> None:
         data = open_data(layout, settings, cache, out, console)         # before the next line: it fits `seconds`
         job = Job(settings, data, view_spec(settings), console)
         if mode == "benchmark":
-            benchmark(job, methods[0])
+            benchmark(job, methods[-1])
         elif mode == "eval":
             evaluate(job, saved, out)
         elif mode == "explain":
