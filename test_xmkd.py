@@ -969,12 +969,13 @@ def test_activitynet_segments_are_clips_and_whole_videos_serve_several(tmp_path)
     assert [(c.id, c.labels, c.split, c.start, c.end, Path(c.video).name) for c in clips] == [
         ("v_aaaaaaaaaa0_0", (1,), "train", 1.5, 9.0, "v_aaaaaaaaaa0.mkv"), ("v_aaaaaaaaaa0_1", (0,), "train", 20, 31, "v_aaaaaaaaaa0.mkv"),
         ("v_-bbbbbbb_b0_0", (1,), "eval", 0, 5, "-bbbbbbb_b0.mp4")]
-    assert [i for i, _ in skipped] == ["v_cccccccccc0_0"] and not any(c.cut for c in clips)
+    assert [i for i, _ in skipped] == ["v_cccccccccc0_0"] and all(c.named for c in clips)
     for name in ("v_aaaaaaaaaa0_1.mp4", "v_cccccccccc0.hdf5"):                               # one segment cut out; frames of a whole video tell no segment
         (tmp_path / name).touch()
-    assert [(c.id, c.cut) for c in xmkd.read_annotations(tmp_path)[0]] == [("v_aaaaaaaaaa0_0", False), ("v_aaaaaaaaaa0_1", False), ("v_-bbbbbbb_b0_0", False)]
+    files = lambda: [(c.id, Path(c.video).name) for c in xmkd.read_annotations(tmp_path)[0]]
+    assert files() == [("v_aaaaaaaaaa0_0", "v_aaaaaaaaaa0.mkv"), ("v_aaaaaaaaaa0_1", "v_aaaaaaaaaa0.mkv"), ("v_-bbbbbbb_b0_0", "-bbbbbbb_b0.mp4")]
     (tmp_path / "v_aaaaaaaaaa0.mkv").unlink()
-    assert [(c.id, c.cut) for c in xmkd.read_annotations(tmp_path)[0]] == [("v_aaaaaaaaaa0_1", True), ("v_-bbbbbbb_b0_0", False)]
+    assert files() == [("v_aaaaaaaaaa0_1", "v_aaaaaaaaaa0_1.mp4"), ("v_-bbbbbbb_b0_0", "-bbbbbbb_b0.mp4")]
     (tmp_path / "activity_net.v1-3.min.json").write_text('{"database": {"aaaaaaaaaa0": {"subset": "training"}}}')
     with pytest.raises(xmkd.InputError, match="expected `database` of id: subset, label"):
         xmkd.read_annotations(tmp_path)
@@ -1059,8 +1060,14 @@ def test_duration_decides_whether_a_file_is_cut(tmp_path):
     assert len(xmkd.load_stream(clip, "audio")) == pytest.approx(32000, abs=1500)
     late = clip._replace(audio=whole, video=whole, start=60.0, end=70.0)                     # past the end of a whole video: no view of its beginning
     with pytest.raises(xmkd.InputError, match="whole.mp4: no video between 60 and 70 s"):
-        xmkd.load_stream(late._replace(cut=False), "video")
-    assert len(xmkd.load_stream(late._replace(cut=True), "video", fps=4.0)) == 16            # said to be the segment itself
+        xmkd.load_stream(late._replace(named=True), "video")
+    assert len(xmkd.load_stream(late._replace(id="WHOLE", named=True), "video", fps=4.0)) == 16      # its name says that it is the segment itself
+
+
+def test_each_stream_tells_by_its_own_file_whether_it_is_cut(tmp_path):
+    """The authors' frames of a segment beside the sound of the whole video."""
+    clip = xmkd.Clip("v_x_0", (0,), "train", encode(tmp_path / "v_x.mp4", seconds=4.0), encode(tmp_path / "v_x_0.mp4", seconds=2.0), 1.0, 2.5, named=True)
+    assert len(xmkd.load_stream(clip, "audio")) == pytest.approx(48000, abs=50) and len(xmkd.load_stream(clip, "video", fps=4.0)) == 8
 
 
 # ------------------------------------------------------------------------------------------------ 5. demo data

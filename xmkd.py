@@ -655,7 +655,7 @@ class Clip(NamedTuple):
     video: str | None = None     # path of the file that holds the picture; often the same
     start: float = 0.0           # seconds
     end: float | None = None     # None: to the end of the file
-    cut: bool | None = None      # whether the file holds the segment alone; None: its duration tells
+    named: bool = False          # True: a file of its name holds the segment alone, others do not; False: duration tells
 
 def is_sound_only(path: str) -> bool:
     """True for the extensions that hold sound without picture."""
@@ -719,7 +719,7 @@ def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[
                 ytid, start, end = ytid.strip(), float(begin), float(stop)
                 if not (len(ytid) == 11 and 0 <= start < end < math.inf and labels_of[mids]):
                     raise ValueError
-                yield ytid, f"{table}:{n}", Clip._make((ytid, labels_of[mids], split, None, None, start, end, None))
+                yield ytid, f"{table}:{n}", Clip._make((ytid, labels_of[mids], split, None, None, start, end, False))
             except ValueError:
                 raise InputError(f"{table}:{n}: expected 'id, start, end, \"label,label\"' with 11 characters of id, "
                                  f"0 <= start < end, got {line.strip()[:200]!r}; mend or remove the line") from None
@@ -810,16 +810,14 @@ def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = N
                 if end is not None and not 0 <= start < end < math.inf:
                     raise ValueError(f"{name}: segment {note['segment']}, needs 0 <= start < end; mend or remove it")
                 label, key = classes.index(note["label"]), name.lower()
-                rows.append((key, path, Clip(name, (label,), parts[subset], None, None, start, end)))
+                rows.append((key, path, Clip(name, (label,), parts[subset], None, None, start, end, named=True)))
                 segments.setdefault(key.rpartition("_")[0], []).append(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: expected `database` of id: subset, label, segment, annotations ({error!r})") from error
     def names(name: str) -> list[str]:
         stem, ending = os.path.splitext(name.lower())                           # frames of a whole video tell no segment
         return [stem, *([] if ending == ".hdf5" else segments.get(stem, segments.get(f"v_{stem}", [])))]
-    clips = [clip._replace(cut=Path(str(clip.video or clip.audio)).stem.lower() == clip.id.lower())
-             for clip in match_files(rows, names, root, skipped, most=None)]
-    return clips, classes
+    return match_files(rows, names, root, skipped, most=None), classes
 
 def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """VGGSound: `vggsound.csv` (id, start, label, split) or `train.csv` and `test.csv` (file, label); clips of 10 s.
@@ -878,9 +876,9 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] |
         raise InputError(f"{clip.id}: no file with a {kind} stream")
     if kind == "video" and path.lower().endswith(".hdf5"):
         return decode_hdf5(path, size)
-    if clip.cut:
+    if clip.named and Path(path).stem.lower() == clip.id.lower():
         start, end = 0.0, None
-    elif start > 0 and end is not None and clip.cut is None:
+    elif start > 0 and end is not None and not clip.named:
         with open_media(path, kind) as stream:
             duration = (stream.container.duration or 0) / av.time_base
         if 0 < duration <= end - start + 0.5 or 0 < duration < end - start / 2:
