@@ -619,8 +619,9 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
                  size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of the file's best video stream at a fixed rate: (T, 3, H, W) uint8 RGB, T = ceil(seconds * fps).
 
-    start, end, errors raised  as `decode_audio`.   fps  frame k is shown at start + k / fps.
-    size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1).
+    start, end  seconds on the file's own clock; end=None reads to its end.   fps  frame k is shown at start + k / fps.
+    size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1)
+    Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
     pictures = decode_pictures(path, start, end, fps, size, planes=False)
     form = np.dtype((np.uint8, (pictures[0].height, pictures[0].width, 3)))                     # np.stack takes it twice
