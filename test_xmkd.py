@@ -981,6 +981,13 @@ def test_activitynet_segments_are_clips_and_whole_videos_serve_several(tmp_path)
         xmkd.read_annotations(tmp_path)
 
 
+def test_a_file_of_one_clips_name_is_not_another_clips_whole_video(tmp_path):
+    (tmp_path / "annotation.json").write_text(json.dumps({"database": {name: {"subset": "training", "label": "a"} for name in ("dog", "dog_1")}}))
+    for name in ("dog.mp4", "dog_1.mp4"):
+        (tmp_path / name).touch()
+    assert [(c.id, Path(c.video).name) for c in xmkd.read_annotations(tmp_path)[0]] == [("dog", "dog.mp4"), ("dog_1", "dog_1.mp4")]
+
+
 @needs_testdata
 @pytest.mark.parametrize("name, layout, train, evaluation", [("activitynet", "activitynet", 15232, 7555), ("ucf51", "annotation", 4892, 1944)])
 def test_the_authors_annotations_parse_whole(tmp_path, name, layout, train, evaluation):
@@ -1118,6 +1125,22 @@ def test_store_decodes_once_and_tries_again_what_failed(tmp_path):
     assert samples.dtype == np.int16 and samples[0] == -32767 and samples[-1] == 32767
     raw = np.arange(36, dtype=np.uint8).reshape(3, 3, 2, 2)
     assert torch.equal(xmkd.read_frames(raw, [2, 0, 2]), torch.from_numpy(raw[[2, 0, 2]]))
+
+
+def test_an_unforeseen_error_costs_its_clip_only_and_a_full_disk_ends_the_run(tmp_path, monkeypatch):
+    def load(clip, kind):
+        if clip.id == "bad":
+            raise RuntimeError("what nobody thought of")
+        return torch.zeros(10)
+    store = xmkd.ClipStore(tmp_path, [xmkd.Clip(name, (0,), "train", name, name) for name in ("bad", "good")], load, {"audio": 1, "video": 1})
+    jobs, mute = [(0, ["audio"]), (1, ["audio"])], lambda done, total: None
+    assert [(i, lengths, reason) for i, lengths, _, reason in store.decode(jobs, 0, mute)] == [(0, [], "RuntimeError: what nobody thought of"), (1, [10], "")]
+    def full(file, array):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(xmkd.np, "save", full)
+    store.clips[1] = store.clips[1]._replace(id="other")
+    with pytest.raises(OSError, match="No space left"):
+        store.decode(jobs, 0, mute)
 
 
 def test_demo_clips_are_not_mistaken_for_a_file_of_that_name(tmp_path, monkeypatch):
@@ -1945,7 +1968,7 @@ def test_the_student_memorises_eight_clips(tmp_path):
     (["--data", "/nowhere"], "/nowhere is not a folder"), (["--data", "{}"], "AudioSet .*UCF-101 .*train/<label>"), (["--method", "xmkd", "--compare", "csc"], "exclude"),
     (["--compare", "student,best"], "'best' is no method"), (["--epochs", "0"], "0 is not a whole number from 1"), (["--noise", "2"], "2 is not a number from 0 to 1"),
     (["--bogus"], "unrecognized arguments: --bogus"), (["--eval", "{}/none.pt"], "no readable checkpoint"), (["--eval", "{}/none.pt", "--resume"], "no readable checkpoint"),
-    (["--teacher", "{}/none.pt"], "no readable checkpoint")])
+    (["--teacher", "{}/none.pt"], "no readable checkpoint"), (["--teacher-features", "{}/none"], "--teacher-features .*/none is not a folder")])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, says):
     assert xmkd.main([*TINY, *(a.format(tmp_path) for a in arguments), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

@@ -816,9 +816,10 @@ def read_annotations(root: str | Path, skipped: list[tuple[str, str]] | None = N
                 segments.setdefault(key.rpartition("_")[0], []).append(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: expected `database` of id: subset, label, segment, annotations ({error!r})") from error
+    ids = {key for key, *_ in rows}
     def names(name: str) -> list[str]:
         stem, ending = os.path.splitext(name.lower())                           # frames of a whole video tell no segment
-        return [stem, *([] if ending == ".hdf5" else segments.get(stem, segments.get(f"v_{stem}", [])))]
+        return [stem] if stem in ids or ending == ".hdf5" else segments.get(stem, segments.get(f"v_{stem}", []))
     return match_files(rows, names, root, skipped, most=None), classes
 
 def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
@@ -1001,9 +1002,14 @@ class ClipStore(Dataset[Any]):
         with suppress(FileNotFoundError, ValueError, EOFError):         # not there yet, or damaged since
             if file:
                 return np.load(file, mmap_mode="r")
-        content = self.load(self.clips[i], kind)
-        array = (content.clamp(-1, 1).mul_(32767).round_().short().numpy() if kind == "audio" else
-                 content.contiguous().numpy() if self.raw or not file else pack_frames(content))
+        try:
+            content = self.load(self.clips[i], kind)
+            array = (content.clamp(-1, 1).mul_(32767).round_().short().numpy() if kind == "audio" else
+                     content.contiguous().numpy() if self.raw or not file else pack_frames(content))
+        except InputError:
+            raise
+        except Exception as error:                                      # unforeseen: one clip must not end a long run
+            raise InputError(f"{type(error).__name__}: {error}") from error
         if file:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             write(Path(file), array)
@@ -1014,7 +1020,7 @@ class ClipStore(Dataset[Any]):
         try:
             streams = [self.stream(job[0], kind) for kind in job[1]]
             return job[0], [*map(len, streams)], sum(stream.nbytes for stream in streams), ""
-        except (ValueError, av.error.FFmpegError) as error:             # InputError, or what JPEG makes of an odd frame
+        except InputError as error:
             return job[0], [], 0, str(error)
 
     def decode(self, jobs: Sequence[tuple[int, Sequence[str]]], workers: int,
@@ -1534,6 +1540,8 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     if not done:
         if reason and not network:
             console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
+        if "explain" in settings:
+            console.warn(f"the checkpoint's teacher is not in {cache} and is made anew; --cache names the run's folder")
         folder.mkdir(parents=True, exist_ok=True)
         if network:
             known, info = False, {"kind": "torchvision r2plus1d_18, Kinetics-400"}      # known: are the classes to it?
@@ -1746,8 +1754,7 @@ def explain(job: Job, saved: dict[str, Any], cache: Path, out: Path) -> None:
         raise InputError(f"the filter in {source} does not fit embeddings of {teacher.shape[1]} numbers; give --teacher "
                          "or --teacher-features as it was trained with") from error
     if "teacher" in saved and not np.allclose(fingerprint(teacher), saved["teacher"], rtol=1e-3):
-        console.warn(f"{source} was trained with other teacher embeddings than these of {cache}; the sheets show little "
-                     "then; --cache names the folder that has them, --teacher the checkpoint that makes them")
+        console.warn(f"{source} was trained with other teacher embeddings than these; the sheets show little then")
     see = partial(look, job, student, noise_filter, teacher)
     usable = [i for i in data.eval if teacher[i].any()]                 # the others lack the teacher's modality
     if not usable:
@@ -2227,6 +2234,8 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
         root = settings["data"]                                         # the authors' release brings features
         if str(annotation_file(root)).endswith("annotation.json") and any(walk_files(root, ".npy")):
             settings.setdefault("teacher_features", root)
+    if not os.path.isdir(settings.get("teacher_features", ".")):
+        raise InputError(f"--teacher-features {settings['teacher_features']} is not a folder; give one of .npy files")
     if settings["device"] == "auto":
         settings["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if settings["device"].startswith("cuda") and WORLD > 1:             # each process has its own
