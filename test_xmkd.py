@@ -713,12 +713,17 @@ def test_real_clips_decode_in_every_codec():
     assert xmkd.decode_video(TESTDATA / "clips" / "nasa_13013_rotated.mp4", size=40).shape[2:] == (71, 40)      # turned upright
 
 
+def load_one(clip, kind, **more):
+    stream, = xmkd.load_streams(clip, [kind], **more)
+    return stream
+
+
 def jpeg_error(path, planes, **more):
     """Mean distance of the cached frames from those decoded, in levels of 255, and their bytes."""
     clip = xmkd.Clip("a", (0,), "train", None, str(path))
-    frames = xmkd.load_stream(clip, "video", **more)
-    packed = xmkd.pack_frames(xmkd.load_stream(clip, "video", planes=planes, **more))
-    kept = xmkd.read_frames(packed, range(len(packed)))
+    frames = load_one(clip, "video", **more)
+    packed = xmkd.pack_frames(load_one(clip, "video", planes=planes, **more))
+    kept = xmkd.read_frames(packed, range(xmkd.stream_length(packed)))
     assert kept.shape == frames.shape and kept.dtype == torch.uint8
     return (kept.float() - frames.float()).abs().mean().item(), packed.nbytes
 
@@ -1036,9 +1041,9 @@ def test_hdf5_that_is_a_pipe_does_not_hang(tmp_path):
 def test_hdf5_frames_are_not_taken_for_sound(tmp_path):
     path = str(release(tmp_path / "ucf51", features=False) / "v_Zoo_g00_c01.hdf5")
     clip = xmkd.Clip("a", (0,), "eval", path, path)
-    assert xmkd.load_stream(clip, "video", size=24).shape == (5, 3, 24, 32)
+    assert load_one(clip, "video", size=24).shape == (5, 3, 24, 32)
     with pytest.raises(xmkd.InputError, match="v_Zoo_g00_c01.hdf5: "):
-        xmkd.load_stream(clip, "audio")
+        load_one(clip, "audio")
 
 
 def test_hdf5_without_h5py_says_what_to_install(tmp_path, monkeypatch):
@@ -1061,20 +1066,33 @@ def test_folder_of_folders(tmp_path):
 def test_duration_decides_whether_a_file_is_cut(tmp_path):
     whole, cut = encode(tmp_path / "whole.mp4", seconds=4.0), encode(tmp_path / "cut.mp4", seconds=1.0)
     clip = xmkd.Clip("x", (0,), "train", whole, whole, 2.0, 3.0)
-    assert xmkd.load_stream(clip, "video", fps=10.0, size=16)[0].float().mean() == pytest.approx(100, abs=4)      # second 2 of 4
+    assert load_one(clip, "video", fps=10.0, size=16)[0].float().mean() == pytest.approx(100, abs=4)      # second 2 of 4
     clip = clip._replace(audio=cut, video=cut)
-    assert xmkd.load_stream(clip, "video", fps=10.0, size=16)[0].float().mean() == pytest.approx(0, abs=4)        # its own start
-    assert len(xmkd.load_stream(clip, "audio")) == pytest.approx(32000, abs=1500)
+    assert load_one(clip, "video", fps=10.0, size=16)[0].float().mean() == pytest.approx(0, abs=4)        # its own start
+    assert len(load_one(clip, "audio")) == pytest.approx(32000, abs=1500)
     late = clip._replace(audio=whole, video=whole, start=60.0, end=70.0)                     # past the end of a whole video: no view of its beginning
     with pytest.raises(xmkd.InputError, match="whole.mp4: no video between 60 and 70 s"):
-        xmkd.load_stream(late._replace(named=True), "video")
-    assert len(xmkd.load_stream(late._replace(id="WHOLE", named=True), "video", fps=4.0)) == 16      # its name says that it is the segment itself
+        load_one(late._replace(named=True), "video")
+    assert len(load_one(late._replace(id="WHOLE", named=True), "video", fps=4.0)) == 16      # its name says that it is the segment itself
+
+
+@pytest.mark.parametrize("start, end", [(0.0, None), (1.0, 2.5), (60.0, 64.0)])
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
+def test_a_file_with_both_streams_is_read_once_for_both(tmp_path, monkeypatch, name, start, end):
+    path, opened = encode(tmp_path / name, seconds=4.0), []
+    clip = xmkd.Clip("x", (0,), "train", path, path, start, end)
+    alone = [load_one(clip, kind, fps=10.0, size=24) for kind in ("audio", "video")]
+    monkeypatch.setattr(xmkd, "timed_frames", lambda *args, real=xmkd.timed_frames: opened.append(args) or real(*args))
+    for order in ((0, 1), (1, 0)):
+        both = [*xmkd.load_streams(clip, [("audio", "video")[k] for k in order], fps=10.0, size=24)]
+        assert all(torch.equal(stream, alone[k]) for stream, k in zip(both, order, strict=True))
+    assert [len(streams) for streams, *_ in opened] == [2, 2] and len(alone[0]) > 40000
 
 
 def test_each_stream_tells_by_its_own_file_whether_it_is_cut(tmp_path):
     """The authors' frames of a segment beside the sound of the whole video."""
     clip = xmkd.Clip("v_x_0", (0,), "train", encode(tmp_path / "v_x.mp4", seconds=4.0), encode(tmp_path / "v_x_0.mp4", seconds=2.0), 1.0, 2.5, named=True)
-    assert len(xmkd.load_stream(clip, "audio")) == pytest.approx(48000, abs=50) and len(xmkd.load_stream(clip, "video", fps=4.0)) == 8
+    assert len(load_one(clip, "audio")) == pytest.approx(48000, abs=50) and len(load_one(clip, "video", fps=4.0)) == 8
 
 
 # ------------------------------------------------------------------------------------------------ 5. demo data
@@ -1089,9 +1107,9 @@ def test_demo_dials_change_the_teacher_only_and_by_their_share():
     assert all(sorted(shown) == sorted(c.labels) and not mixed for c in clips for shown, mixed in [xmkd.demo_truth(c, 3, 0, 0)])
     calm, hard = (dict(student="audio", seed=3, noise=d, mismatch=d, fps=4.0, side=32) for d in (0.0, 1.0))
     for clip in clips[:5]:
-        assert torch.equal(xmkd.demo_stream(clip, "audio", **calm), xmkd.demo_stream(clip, "audio", **hard))
-        assert not torch.equal(xmkd.demo_stream(clip, "video", **calm), xmkd.demo_stream(clip, "video", **hard))
-    assert xmkd.demo_stream(clips[0], "audio", **calm).shape == (32000,) and xmkd.demo_stream(clips[0], "video", **calm).shape == (4, 3, 32, 32)
+        assert torch.equal(*(next(xmkd.demo_streams(clip, ["audio"], **dials)) for dials in (calm, hard)))
+        assert not torch.equal(*(next(xmkd.demo_streams(clip, ["video"], **dials)) for dials in (calm, hard)))
+    assert [stream.shape for stream in xmkd.demo_streams(clips[0], ["audio", "video"], **calm)] == [(32000,), (4, 3, 32, 32)]
 
 
 # ------------------------------------------------------------------------------------------------ 6. store and views
@@ -1102,7 +1120,7 @@ def test_windows_loop_and_spread():
 
 def demo_data(tmp_path, clips=12):
     every, classes = xmkd.demo_clips(tags=False)
-    load = functools.partial(xmkd.demo_stream, student="video", seed=3, noise=0.3, mismatch=0.2, fps=6.0, side=24)
+    load = functools.partial(xmkd.demo_streams, student="video", seed=3, noise=0.3, mismatch=0.2, fps=6.0, side=24)
     store = xmkd.ClipStore(tmp_path, every[:clips], load, {"audio": 1, "video": 1})
     return xmkd.Data(store, classes, False, list(range(clips - 2)), [clips - 2, clips - 1])
 
@@ -1110,28 +1128,30 @@ def demo_data(tmp_path, clips=12):
 def test_store_decodes_once_and_tries_again_what_failed(tmp_path):
     calls = []
 
-    def load(clip, kind):
+    def load(clip, kinds):
         calls.append(clip.id)
         if clip.id == "bad":
             raise xmkd.InputError("bad: broken")
-        return torch.full((3, 3, 16, 16), 100, dtype=torch.uint8) if kind == "video" else torch.linspace(-2, 2, 9)
+        for kind in kinds:
+            yield torch.full((3, 3, 16, 16), 100, dtype=torch.uint8) if kind == "video" else torch.linspace(-2, 2, 9)
     clips = [xmkd.Clip(i, (0,), "train", None, None) for i in ("good", "bad")]
     for _ in range(2):
         store = xmkd.ClipStore(tmp_path, clips, load, {"audio": 1, "video": 1})
-        assert store.decode([(0, ("audio",)), (0, ("video",)), (1, ("video",))], 0, lambda done, total: None) == [(0, [9], 18, ""), (0, [3], store.stream(0, "video").nbytes, ""), (1, [], 0, "bad: broken")]
+        assert store.decode([(0, ("audio",)), (0, ("video",)), (1, ("video",))], 0, lambda done, total: None) == [(0, [9], 18, ""), (0, [3], store.streams(0, ["video"])[0].nbytes, ""), (1, [], 0, "bad: broken")]
     assert calls == ["good", "good", "bad", "bad"]                                 # a failure may have been of the moment
-    frames, samples = store.stream(0, "video"), store.stream(0, "audio")
+    frames, samples = store.streams(0, ["video"])[0], store.streams(0, ["audio"])[0]
     assert frames.dtype == np.uint8 and (xmkd.read_frames(frames, [2, 0, 2]) - 100.0).abs().max() < 6
     assert samples.dtype == np.int16 and samples[0] == -32767 and samples[-1] == 32767
-    raw = np.arange(36, dtype=np.uint8).reshape(3, 3, 2, 2)
-    assert torch.equal(xmkd.read_frames(raw, [2, 0, 2]), torch.from_numpy(raw[[2, 0, 2]]))
+    raw = np.arange(72, dtype=np.uint8).reshape(6, 2, 2, 3)
+    for window in ([2, 0, 2], [1, 2, 3], [0, 5, 2], [4], range(6), [5, 4, 3]):
+        assert torch.equal(xmkd.read_frames(raw, window), torch.from_numpy(raw[[*window]]).permute(0, 3, 1, 2))
 
 
 def test_an_unforeseen_error_costs_its_clip_only_and_a_full_disk_ends_the_run(tmp_path, monkeypatch):
-    def load(clip, kind):
+    def load(clip, kinds):
         if clip.id == "bad":
             raise RuntimeError("what nobody thought of")
-        return torch.zeros(10)
+        yield torch.zeros(10)
     store = xmkd.ClipStore(tmp_path, [xmkd.Clip(name, (0,), "train", name, name) for name in ("bad", "good")], load, {"audio": 1, "video": 1})
     jobs, mute = [(0, ["audio"]), (1, ["audio"])], lambda done, total: None
     assert [(i, lengths, reason) for i, lengths, _, reason in store.decode(jobs, 0, mute)] == [(0, [], "RuntimeError: what nobody thought of"), (1, [10], "")]
@@ -1153,11 +1173,11 @@ def test_demo_clips_are_not_mistaken_for_a_file_of_that_name(tmp_path, monkeypat
 
 def test_a_damaged_file_of_the_cache_is_decoded_again(tmp_path):
     store = demo_data(tmp_path).store
-    whole = np.array(store.stream(0, "video"))
+    whole = np.array(store.streams(0, ["video"])[0])
     file, = tmp_path.rglob("*.npy")
     for content in (b"", file.read_bytes()[:90], file.read_bytes()[:900], b"no array"):
         file.write_bytes(content)
-        assert np.array_equal(store.stream(0, "video"), whole) and np.array_equal(np.load(file), whole)
+        assert np.array_equal(store.streams(0, ["video"])[0], whole) and np.array_equal(np.load(file), whole)
 
 
 def test_streamed_views_equal_those_of_a_raw_cache_and_jpeg_comes_close(tmp_path):
@@ -1433,10 +1453,10 @@ def test_half_a_line_in_the_log_of_a_killed_run_is_dropped(tmp_path, media):
 def test_a_loader_process_that_dies_is_reported_with_its_clip(tmp_path):
     data = demo_data(tmp_path)
 
-    def load(clip, kind):
+    def load(clip, kinds):
         if clip.id.endswith("3"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return torch.zeros(9)
+        yield torch.zeros(9)
     store = xmkd.ClipStore(tmp_path / "new", data.store.clips, load, {"audio": 1})
     with pytest.raises(xmkd.InputError, match=r"(?s)worker .* Due were train-000\d; if memory ran out, lower --workers"):
         store.decode([(i, ("audio",)) for i in range(8)], 1, lambda done, total: None)
@@ -2014,8 +2034,9 @@ def release(root, features=True):
         frames = torch.full((5, 3, 24, 32), 40 if entry["label"] == "Zoo" else 200, dtype=torch.uint8)
         with h5py.File(root / f"{name}.hdf5", "w") as file:
             video = file.create_dataset("video", (5,), dtype=h5py.special_dtype(vlen=np.uint8))
-            for i, jpeg in enumerate(xmkd.pack_frames(frames)):
-                video[i] = jpeg
+            packed = xmkd.pack_frames(frames)
+            for i, (start, end) in enumerate(itertools.pairwise(packed[:24].view(np.uint32))):
+                video[i] = packed[start + 1:end]                                    # less the byte for the colour matrix
         if features:
             (root / entry["label"]).mkdir(exist_ok=True)
             np.save(root / entry["label"] / f"{name}.npy", rand(20, seed=k).numpy())
@@ -2254,7 +2275,7 @@ CALLS = {                                                          # by name: a 
     "make_network": lambda m, _: m["make_network"]("audio", 3, 4)(rand(1, 40, 64)),
     "Prepare": lambda m, _: m["Prepare"](16)((rand(1, 2, 3, 20, 20) * 255).byte(), torch.tensor([[2.0, 2.0, 18.0, 18.0]])),
     "decode_audio": lambda m, path: m["decode_audio"](media_clip(path)), "decode_video": lambda m, path: m["decode_video"](media_clip(path)),
-    "load_stream": lambda m, path: m["load_stream"](m["Clip"]("a", (0,), "eval", None, media_clip(path)), "video"),
+    "load_streams": lambda m, path: [*m["load_streams"](m["Clip"]("a", (0,), "eval", None, media_clip(path)), ["video"])],
     "walk_media": lambda m, path: len(m["walk_media"](os.path.dirname(media_clip(path)))), "is_sound_only": lambda m, _: m["is_sound_only"]("a.wav"),
     "mean_average_precision": lambda m, _: m["mean_average_precision"](rand(4, 3), TAGS), "mean_auc": lambda m, _: m["mean_auc"](rand(4, 3), TAGS),
     "topk_accuracy": lambda m, _: m["topk_accuracy"](rand(4, 3), CLASSES), "score": lambda m, _: m["score"]("audio_tagging", rand(4, 3), TAGS),
@@ -2266,7 +2287,7 @@ CALLS = {                                                          # by name: a 
 @pytest.mark.parametrize("name", [*PROMISED, "load_checkpoint", "even_windows", "sliding_windows", "heat", "draw_attention"])
 def test_public_functions_need_only_the_imports_and_what_they_call(name, tmp_path):
     needed, queue = [], [name] + (["VideoNet", "ModalityNoiseFilter", "make_optimizer", "train_step"] if name in ("train_step", "make_optimizer") else [])
-    queue += ["Features"] * (name in ("ccl_loss", "Distiller")) + ["Clip"] * (name == "load_stream")                         # for the call alone
+    queue += ["Features"] * (name in ("ccl_loss", "Distiller")) + ["Clip"] * (name == "load_streams")                         # for the call alone
     while queue:
         if (current := queue.pop()) not in needed:
             needed.append(current)

@@ -67,14 +67,14 @@ import torchaudio
 from av.video.reformatter import Colorspace, VideoReformatter
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))        # of processes, set by torchrun
 
 class InputError(ValueError):
@@ -489,8 +489,8 @@ class Prepare(nn.Module):
 
 # ============================================== 4. Media (PyAV; opened and closed per call, one thread)
 @contextmanager
-def open_media(path: str | Path, kind: str) -> Iterator[Any]:
-    """The best stream of `kind` ("audio", "video") in a local file. What goes wrong is an InputError with its path."""
+def open_media(path: str | Path, *kinds: str) -> Iterator[list[Any]]:
+    """The best stream of each kind ("audio", "video") in a local file. What goes wrong is an InputError with its path."""
     name = os.fspath(path)
     av.logging.set_level(None)                                                  # FFmpeg's own messages name no file
     try:
@@ -501,35 +501,36 @@ def open_media(path: str | Path, kind: str) -> Iterator[Any]:
         alone = {"protocol_whitelist": ""}                      # a playlist may name further files, addresses and ports
         with (gzip.open(name) if name.endswith(".gz") else open(name, "rb") as file,
               av.open(file, "r", options=alone, metadata_errors="replace") as container):
-            stream: Any = container.streams.best(kind)  # type: ignore[arg-type]
-            if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
-                raise InputError(f"no {kind} stream")                           # a cover picture is no video
-            if stream.codec_context is None:
-                raise InputError(f"its {kind} is in a codec that FFmpeg does not know; convert it")
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            yield stream
+            streams: list[Any] = [container.streams.best(kind) for kind in kinds]  # type: ignore[arg-type]
+            for kind, stream in zip(kinds, streams):
+                if stream is None or (kind == "video" and stream.disposition & av.stream.Disposition.attached_pic):
+                    raise InputError(f"no {kind} stream")                       # a cover picture is no video
+                if stream.codec_context is None:
+                    raise InputError(f"its {kind} is in a codec that FFmpeg does not know; convert it")
+                stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            yield streams
     except InputError as error:
         raise InputError(f"{name}: {error}") from None
     except Exception as error:                                          # a dozen kinds, by what is wrong with the file
         raise InputError(f"{name}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
 
-def timed_frames(stream: Any, start: float, end: float | None) -> Iterator[tuple[float, Any]]:
-    """(seconds since the file's start, frame) from just before `start` to the first at `end`, less damaged packets."""
-    container = stream.container
+def timed_frames(streams: list[Any], start: float, end: float | None) -> list[Iterator[tuple[float, Any]]]:
+    """Of each stream (seconds since the file's start, frame) from just before `start` to the first at `end`, less damaged
+    packets. The file is read once: packets of a stream that is not asked for yet wait in memory."""
+    container = streams[0].container
     origin = (container.start_time or 0) / av.time_base
     if start > 0:
         with suppress(av.error.FFmpegError, OverflowError):                     # no index: decode from the beginning
             container.seek(int((max(start - 0.5, 0.0) + origin) * av.time_base))
-    for packet in container.demux(stream):
-        try:
-            frames = packet.decode()
-        except av.error.FFmpegError:
-            continue
-        for frame in frames:
-            seconds = float(frame.time or 0.0) - origin
-            yield seconds, frame
-            if end is not None and seconds >= end:                              # tells how long the one before is shown
-                return
+    def decode(stream: Any, packets: Iterator[Any]) -> Iterator[tuple[float, Any]]:
+        for packet in packets:
+            with suppress(av.error.FFmpegError):
+                for frame in packet.decode() if packet.stream is stream else ():
+                    seconds = float(frame.time or 0.0) - origin
+                    yield seconds, frame
+                    if end is not None and seconds >= end:                      # tells how long the one before is shown
+                        return
+    return [*map(decode, streams, itertools.tee(container.demux(streams), len(streams)))]
 
 def check_length(stream: Any, start: float, end: float | None, got: float) -> None:
     """InputError where the header promises over 10 % (at least 0.3 s) more than the seconds got: a cut-off file."""
@@ -559,62 +560,70 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
     start, end  seconds on the file's own clock; end=None reads to its end
     Raises InputError: unreadable, no audio stream, nothing in the range, shorter than the header promises (but for WAV).
     """
+    with open_media(path, "audio") as streams:
+        return join_sound(streams[0], timed_frames(streams, start, end)[0], start, end, rate)
+
+def join_sound(stream: Any, frames: Iterator[tuple[float, Any]], start: float, end: float | None, rate: int) -> Tensor:
+    """What `decode_audio` returns, of a stream and its `timed_frames`."""
     first, pieces = None, list[Any]()
-    with open_media(path, "audio") as stream:
-        layout = lambda item: (item[1].format.name, item[1].layout.name, item[1].sample_rate)   # can change in mid-stream
-        for _, group in itertools.groupby(timed_frames(stream, start, end), layout):
-            resampler, queue = av.AudioResampler(format="flt", layout="mono", rate=rate), av.AudioFifo()
-            for seconds, frame in group:
-                check_room("audio", seconds + frame.samples / frame.sample_rate - start, 4 * rate)
-                first = seconds if first is None else first
-                frame.pts = None                                                # no gap filling: sample counts keep time
-                queue.write(frame)
-                pieces += resampler.resample(queue.read()) if queue.samples > 16384 else []     # few calls: faster
-            pieces += resampler.resample(queue.read()) if queue.samples else []
-            pieces += resampler.resample(None)
-        late = 0 if first is None else round((first - start) * rate)            # a late start is preceded by silence
-        silence = np.zeros(max(late, 0), np.float32)
-        samples = np.concatenate([silence, *(np.frombuffer(p.planes[0], np.float32, p.samples) for p in pieces)])
-        samples = samples[max(-late, 0):][:None if end is None else round((end - start) * rate)]
-        check_length(stream, start, end, len(samples) / rate)
-        if not np.isfinite(samples).all():
-            raise InputError("its audio holds numbers that are infinite, or none at all (NaN); mend or convert it")
+    layout = lambda item: (item[1].format.name, item[1].layout.name, item[1].sample_rate)       # can change in mid-stream
+    for _, group in itertools.groupby(frames, layout):
+        resampler, queue = av.AudioResampler(format="flt", layout="mono", rate=rate), av.AudioFifo()
+        for seconds, frame in group:
+            check_room("audio", seconds + frame.samples / frame.sample_rate - start, 4 * rate)
+            first = seconds if first is None else first
+            frame.pts = None                                                    # no gap filling: sample counts keep time
+            queue.write(frame)
+            pieces += resampler.resample(queue.read()) if queue.samples > 16384 else []         # few calls: faster
+        pieces += resampler.resample(queue.read()) if queue.samples else []
+        pieces += resampler.resample(None)
+    late = 0 if first is None else round((first - start) * rate)                # a late start is preceded by silence
+    silence = np.zeros(max(late, 0), np.float32)
+    samples = np.concatenate([silence, *(np.frombuffer(p.planes[0], np.float32, p.samples) for p in pieces)])
+    samples = samples[max(-late, 0):][:None if end is None else round((end - start) * rate)]
+    check_length(stream, start, end, len(samples) / rate)
+    if not np.isfinite(samples).all():
+        raise InputError("its audio holds numbers that are infinite, or none at all (NaN); mend or convert it")
     return torch.from_numpy(samples)
 
 def to_picture(frame: Any, size: tuple[int, int] | int, scale: Any, convert: Any, planes: bool = False) -> Any:
-    """A frame upright, in `decode_video`'s size, RGB, or with `planes` in JPEG's YUV 4:2:0 if it came upright in it."""
+    """A frame upright, in `decode_video`'s size, RGB; with `planes`, if it came so, in YUV 4:2:0 of its colour matrix."""
     turns = round(frame.rotation / 90) % 4                                      # phones store the turn beside the picture
     if isinstance(size, int):
         sides = (frame.height, frame.width)
         height, width = (round(size * min(side / min(sides), 4)) for side in sides)
     else:
         height, width = size[::-1] if turns % 2 else size
-    direct = planes and not turns and frame.format.name in ("yuv420p", "yuvj420p")
+    if planes and not turns and frame.format.name in ("yuv420p", "yuvj420p"):
+        return scale.reformat(frame, width, height, "yuvj420p", threads=1)
     if frame.format.name.startswith("yuv"):                                     # scaled first: half the time
-        at_once = direct and frame.colorspace in (2, 5, 6)                      # BT.601, which is JPEG's, or not given
-        frame = scale.reformat(frame, width, height, "yuvj420p" if at_once else None, threads=1)
-    frame = convert.reformat(frame, width, height, "yuvj420p" if direct else "rgb24", None, Colorspace.ITU601, threads=1)
-    if turns or (planes and not direct):                # a new frame has not the tags that would change colours in JPEG
+        frame = scale.reformat(frame, width, height, threads=1)
+    frame = convert.reformat(frame, width, height, "rgb24", None, Colorspace.ITU601, threads=1)
+    if turns or planes:                                 # a new frame has not the tags that would change colours in JPEG
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(np.rot90(frame.to_ndarray(), turns)), "rgb24")
     return frame
 
-def decode_pictures(path: str | Path, start: float, end: float | None, fps: float, size: tuple[int, int] | int,
-                    planes: bool = True) -> list[Any]:
-    """What `decode_video` returns, as T frames of PyAV: `to_picture`'s, as `pack_frames` likes them if `planes`."""
+def choose_pictures(stream: Any, frames: Iterator[Any], start: float, end: float | None, fps: float,
+                    size: tuple[int, int] | int, planes: bool = False) -> list[Any]:
+    """What `decode_video` returns, of a stream and its `timed_frames`, as T frames of PyAV: `to_picture`'s."""
     pictures, reformatters, seconds = list[Any](), (VideoReformatter(), VideoReformatter()), start
-    with open_media(path, "video") as stream:
-        period = 1 / float(stream.average_rate or 25)
-        timed: Iterator[Any] = itertools.chain(timed_frames(stream, start, end), [(None, None)])
-        for (seconds, frame), (following, _) in itertools.pairwise(timed):
-            stop = min(seconds + period if following is None else following, math.inf if end is None else end)
-            picture = None
-            while start + len(pictures) / fps < stop - 1e-6:
-                picture = to_picture(frame, size, *reformatters, planes) if picture is None else picture
-                pictures.append(picture)
-                size = picture.height, picture.width                            # the shape of all, even if it changes
-                check_room("video", len(pictures) / fps, 3 * math.prod(size) * fps)
-        check_length(stream, start, end, seconds + period - start if pictures else 0.0)
+    period = 1 / float(stream.average_rate or 25)
+    for (seconds, frame), (following, _) in itertools.pairwise(itertools.chain(frames, [(None, None)])):
+        stop = min(seconds + period if following is None else following, math.inf if end is None else end)
+        picture = None
+        while start + len(pictures) / fps < stop - 1e-6:
+            picture = to_picture(frame, size, *reformatters, planes) if picture is None else picture
+            pictures.append(picture)
+            size = picture.height, picture.width                                # the shape of all, even if it changes
+            check_room("video", len(pictures) / fps, 3 * math.prod(size) * fps)
+    check_length(stream, start, end, seconds + period - start if pictures else 0.0)
     return pictures
+
+def stack_pictures(pictures: list[Any]) -> Tensor:
+    """T frames of PyAV in RGB -> (T, 3, H, W) uint8."""
+    form = np.dtype((np.uint8, (pictures[0].height, pictures[0].width, 3)))                     # np.stack takes it twice
+    frames = np.fromiter((picture.to_ndarray() for picture in pictures), form, len(pictures))
+    return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 def decode_video(path: str | Path, start: float = 0.0, end: float | None = None, fps: float = 4.0,
                  size: tuple[int, int] | int = (128, 171)) -> Tensor:
@@ -624,10 +633,9 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     size  (H, W) in pixels, whatever the file's aspect ratio; or the shorter side, which keeps it (up to 4 to 1)
     Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
-    pictures = decode_pictures(path, start, end, fps, size, planes=False)
-    form = np.dtype((np.uint8, (pictures[0].height, pictures[0].width, 3)))                     # np.stack takes it twice
-    frames = np.fromiter((picture.to_ndarray() for picture in pictures), form, len(pictures))
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+    with open_media(path, "video") as streams:
+        frames, = timed_frames(streams, start, end)
+        return stack_pictures(choose_pictures(streams[0], frames, start, end, fps, size))
 
 def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> Tensor:
     """Frames of an authors' HDF5 file (dataset `video`, a JPEG each), otherwise as `decode_video`. Raises InputError."""
@@ -642,14 +650,13 @@ def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> T
     try:
         with h5py.File(path) as file:
             frames = [codec.decode(av.Packet(np.asarray(jpeg, np.uint8).tobytes()))[0] for jpeg in file["video"]]
-        pictures = np.stack([to_picture(frame, size, *reformatters).to_ndarray() for frame in frames])
-        return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        return stack_pictures([to_picture(frame, size, *reformatters) for frame in frames])
     except Exception as error:
         raise InputError(f"{path}: no HDF5 file with a JPEG a frame in `video` ({error})") from error
 
 # ============================================== 5. Data sets
 class Clip(NamedTuple):
-    """One sample of a data set. Times are those of the list; `load_stream` maps them onto the file."""
+    """One sample of a data set. Times are those of the list; `load_streams` maps them onto the file."""
     id: str
     labels: tuple[int, ...]      # indices into the class names, at least one
     split: str                   # "train" or "eval"
@@ -867,28 +874,33 @@ def read_folder(root: str | Path, skipped: list[tuple[str, str]] | None = None) 
             skipped.append((path, f"lies in {folder}/ itself; expected {folder}/<label>/"))
     return clips, classes
 
-def load_stream(clip: Clip, kind: str, fps: float = 4.0, size: tuple[int, int] | int = 128,
-                planes: bool = False) -> Any:
-    """One stream of a clip: "audio" -> (samples,) float32 at 32 kHz, "video" -> (T, 3, H, W) uint8. Raises InputError.
+def load_streams(clip: Clip, kinds: Sequence[str], fps: float = 4.0, size: tuple[int, int] | int = 128,
+                 planes: bool = False) -> Iterator[Any]:
+    """Of each kind "audio" -> (samples,) float32 at 32 kHz, "video" -> (T, 3, H, W) uint8. Raises InputError.
 
     planes  frames (but those of HDF5) as a list of PyAV's, which `pack_frames` need not convert from RGB
-    Unless the clip tells, its file is cut already if its duration is nearer to the segment's than to the segment's end.
+    A file that holds both is read once. Unless the clip tells, a file is cut already if its duration is nearer to the
+    segment's than to the segment's end.
     """
-    path, start, end = getattr(clip, kind), clip.start, clip.end
-    if path is None:
-        raise InputError(f"{clip.id}: no file with a {kind} stream")
-    if kind == "video" and path.lower().endswith(".hdf5"):
-        return decode_hdf5(path, size)
-    if clip.named and Path(path).stem.lower() == clip.id.lower():
-        start, end = 0.0, None
-    elif start > 0 and end is not None and not clip.named:
-        with open_media(path, kind) as stream:
-            duration = (stream.container.duration or 0) / av.time_base
-        if 0 < duration <= end - start + 0.5 or 0 < duration < end - start / 2:
-            start, end = 0.0, end - start
-    if kind == "audio":
-        return decode_audio(path, start, end)
-    return (decode_pictures if planes else decode_video)(path, start, end, fps, size)
+    for path, group in itertools.groupby(kinds, partial(getattr, clip)):
+        here, start, end = [*group], clip.start, clip.end
+        if path is None:
+            raise InputError(f"{clip.id}: no file with a {here[0]} stream")
+        if here == ["video"] and path.lower().endswith(".hdf5"):
+            yield decode_hdf5(path, size)
+            continue
+        with open_media(path, *here) as streams:
+            duration = (streams[0].container.duration or 0) / av.time_base
+            if clip.named and Path(path).stem.lower() == clip.id.lower():
+                start, end = 0.0, None
+            elif not clip.named and start > 0 and end and 0 < duration <= max(end - start + 0.5, end - start / 2):
+                start, end = 0.0, end - start
+            for stream, frames in zip(streams, timed_frames(streams, start, end)):
+                if stream.type == "audio":
+                    yield join_sound(stream, frames, start, end, 32000)
+                else:
+                    pictures = choose_pictures(stream, frames, start, end, fps, size, planes)
+                    yield pictures if planes else stack_pictures(pictures)
 
 # ============================================== 6. Demo data (made from the seed; no files)
 def demo_clips(tags: bool, train: int = 480, evaluation: int = 240) -> tuple[list[Clip], list[str]]:
@@ -941,20 +953,23 @@ def demo_picture(events: Sequence[tuple[int, float]], contrast: float, rng: np.r
             frame += mask * contrast * opacity * (color - frame)
     return torch.from_numpy(movie.clip(0, 255).astype(np.uint8))
 
-def demo_stream(clip: Clip, kind: str, student: str, seed: int, noise: float, mismatch: float, fps: float,
-                side: int) -> Tensor:
-    """One stream of a demo clip: the student's modality is faint but true, the teacher's clear but as the dials say."""
-    rng = np.random.default_rng([seed, *f"{clip.id} {kind}".encode()])
-    shown, mixed = (clip.labels, []) if kind == student else demo_truth(clip, seed, noise, mismatch)
-    events = [(event, 1.0) for event in shown] + [(event, 0.6) for event in mixed]
-    if kind == "audio":
-        return demo_sound(events, rng.uniform(-18, -3) if kind == student else rng.uniform(3, 12), rng)
-    contrast = rng.uniform(0.15, 0.5) if kind == student else rng.uniform(0.7, 1.0)
-    return demo_picture(events, contrast, rng, max(1, round(fps)), side)
+def demo_streams(clip: Clip, kinds: Sequence[str], student: str, seed: int, noise: float, mismatch: float, fps: float,
+                 side: int) -> Iterator[Tensor]:
+    """Streams of a demo clip: the student's modality is faint but true, the teacher's clear but as the dials say."""
+    for kind in kinds:
+        rng = np.random.default_rng([seed, *f"{clip.id} {kind}".encode()])
+        shown, mixed = (clip.labels, []) if kind == student else demo_truth(clip, seed, noise, mismatch)
+        events = [(event, 1.0) for event in shown] + [(event, 0.6) for event in mixed]
+        if kind == "audio":
+            yield demo_sound(events, rng.uniform(-18, -3) if kind == student else rng.uniform(3, 12), rng)
+        else:
+            contrast = rng.uniform(0.15, 0.5) if kind == student else rng.uniform(0.7, 1.0)
+            yield demo_picture(events, contrast, rng, max(1, round(fps)), side)
 
 # ============================================== 7. Clip store and views
 def pack_frames(frames: Tensor | list[Any]) -> np.ndarray:
-    """(T, 3, H, W) uint8, or T frames of PyAV -> (T, L) uint8: a JPEG a row, zeros behind; 4 to 6 kB at 128 x 171."""
+    """(T, 3, H, W) uint8, or T frames of PyAV -> (L,) uint8: where each part begins and the last ends, T + 1 numbers of 4
+    bytes, then T parts: the colour matrix (FFmpeg's number, a byte) and a JPEG; 3 to 5 kB a frame of 128 x 171."""
     images = frames if isinstance(frames, list) else [
         av.VideoFrame.from_ndarray(image, format="rgb24") for image in frames.permute(0, 2, 3, 1).numpy()]
     codec = av.CodecContext.create("mjpeg", "w")
@@ -965,26 +980,39 @@ def pack_frames(frames: Tensor | list[Any]) -> np.ndarray:
     for k, image in enumerate(images):
         image.pts, image.time_base = k, codec.time_base                 # they must rise, and a picture may come again
         jpegs += map(bytes, codec.encode(image))
-    return np.array([*jpegs, *map(bytes, codec.encode(None))])[:, None].view(np.uint8)          # bytes_ pads with zeros
+    jpegs += map(bytes, codec.encode(None))
+    parts = [bytes([image.colorspace]) + jpeg for image, jpeg in zip(images, jpegs, strict=True)]
+    bounds = np.cumsum([4 * len(parts) + 4, *map(len, parts)], dtype=np.uint32)
+    return np.frombuffer(b"".join([bounds.tobytes(), *parts]), np.uint8)
+
+def stream_length(stream: np.ndarray) -> int:
+    """Samples or frames of a stream as `ClipStore` gives it."""
+    return len(stream) if stream.ndim == 4 or stream.dtype == np.int16 else int(stream[:4].view(np.uint32)[0]) // 4 - 1
 
 def read_frames(stream: np.ndarray, window: Sequence[int]) -> Tensor:
     """The frames of a window, (len(window), 3, H, W) uint8, of a stream as `pack_frames` made it or as decoded."""
     if stream.ndim == 4:
-        return torch.from_numpy(np.asarray(stream)[window])             # as an array: indexed faster than np.memmap
-    wanted, places = np.unique(window, return_inverse=True)
-    codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()       # made once: half the time
+        part = slice(window[0], window[-1] + 1)                         # copies nothing yet
+        return torch.from_numpy(stream[part if [*window] == [*range(part.start, part.stop)] else window]).movedim(3, 1)
+    stream, (wanted, places) = np.asarray(stream), np.unique(window, return_inverse=True)
+    bounds = stream[:4 * stream_length(stream) + 4].view(np.uint32)
+    codec, reformatter, pictures = av.CodecContext.create("mjpeg", "r"), VideoReformatter(), []     # once: half the time
     codec.thread_count = 1
-    frames = np.stack([reformatter.reformat(codec.decode(av.Packet(jpeg.tobytes()))[0], format="rgb24",
-                                            threads=1).to_ndarray() for jpeg in stream[wanted]]).transpose(0, 3, 1, 2)
-    return torch.from_numpy(frames if np.array_equal(wanted, window) else frames[places])
+    for k in wanted:
+        matrix, jpeg = stream[bounds[k]], stream[bounds[k] + 1:bounds[k + 1]]
+        picture = codec.decode(av.Packet(jpeg.tobytes()))[0]
+        picture.colorspace = matrix                                     # a JPEG itself cannot tell
+        pictures.append(reformatter.reformat(picture, format="rgb24", threads=1))
+    frames = stack_pictures(pictures)
+    return frames if np.array_equal(wanted, window) else frames[places]
 
 class ClipStore(Dataset[Any]):
     """Streams of clips, each decoded once into a file of its own: int16 samples at 32 kHz; frames, as JPEG unless `raw`.
 
     folder  of files that are named after all that they depend on: runs may share it; None: each use decodes again
-    load    (clip, kind) -> samples or frames;   depends: per kind, what the result depends on besides clip and file
+    load    (clip, kinds) -> samples or frames of each kind;   depends: per kind, on what they do besides clip and file
     """
-    def __init__(self, folder: Path | None, clips: list[Clip], load: Callable[[Clip, str], Tensor], depends: Any,
+    def __init__(self, folder: Path | None, clips: list[Clip], load: Callable[[Clip, Any], Iterator[Any]], depends: Any,
                  raw: bool = False) -> None:
         self.folder, self.clips, self.load, self.depends, self.raw = folder, clips, load, depends, raw
 
@@ -996,30 +1024,35 @@ class ClipStore(Dataset[Any]):
         as_decoded = kind == "video" and (self.raw or self.folder is None)
         return digest(__version__, clip.id, kind, source, self.depends[kind], as_decoded)
 
-    def stream(self, i: int, kind: str) -> np.ndarray:
-        """(samples,) int16, or frames (T, ...) for `read_frames`. InputError: clip i cannot be decoded."""
-        file = self.folder and f"{self.folder}/clips/{(name := self.key(i, kind))[:2]}/{name}.npy"       # no Path: faster
-        with suppress(FileNotFoundError, ValueError, EOFError):         # not there yet, or damaged since
-            if file:
-                return np.load(file, mmap_mode="r")
-        try:
-            content = self.load(self.clips[i], kind)
-            array = (content.clamp(-1, 1).mul_(32767).round_().short().numpy() if kind == "audio" else
-                     content.contiguous().numpy() if self.raw or not file else pack_frames(content))
-        except InputError:
-            raise
-        except Exception as error:                                      # unforeseen: one clip must not end a long run
-            raise InputError(f"{type(error).__name__}: {error}") from error
-        if file:
-            Path(file).parent.mkdir(parents=True, exist_ok=True)
-            write(Path(file), array)
-        return array
+    def streams(self, i: int, kinds: Sequence[str]) -> list[np.ndarray]:
+        """Of each kind (samples,) int16, or frames (T, ...) for `read_frames`. InputError: clip i cannot be decoded."""
+        files, found = dict[str, str](), dict[str, np.ndarray]()
+        for kind in kinds if self.folder else ():
+            files[kind] = f"{self.folder}/clips/{(name := self.key(i, kind))[:2]}/{name}.npy"   # no Path: faster
+            with suppress(FileNotFoundError, ValueError, EOFError):     # not there yet, or damaged since
+                found[kind] = np.load(files[kind], mmap_mode="c")
+        missing = [kind for kind in kinds if kind not in found]
+        loaded = self.load(self.clips[i], missing)
+        for kind in missing:
+            try:
+                content = next(loaded)
+                found[kind] = (content.clamp(-1, 1).mul_(32767).round_().short().numpy() if kind == "audio" else
+                               pack_frames(content) if files and not self.raw else
+                               content.movedim(1, 3).contiguous().numpy())
+            except InputError:
+                raise
+            except Exception as error:                                  # unforeseen: one clip must not end a long run
+                raise InputError(f"{type(error).__name__}: {error}") from error
+            if files:
+                Path(files[kind]).parent.mkdir(parents=True, exist_ok=True)
+                write(Path(files[kind]), found[kind])
+        return [found[kind] for kind in kinds]
 
     def __getitem__(self, job: tuple[int, Sequence[str]]) -> tuple[int, list[int], int, str]:
         """Job (clip, kinds): decodes what is not there yet -> (clip, length by kind, bytes, reason if unusable)."""
         try:
-            streams = [self.stream(job[0], kind) for kind in job[1]]
-            return job[0], [*map(len, streams)], sum(stream.nbytes for stream in streams), ""
+            streams = self.streams(*job)
+            return job[0], [*map(stream_length, streams)], sum(stream.nbytes for stream in streams), ""
         except InputError as error:
             return job[0], [], 0, str(error)
 
@@ -1088,8 +1121,8 @@ class Views(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, ...]:
         (clip, seed), audio = key, self.spec.kind == "audio"
-        stream = self.data.store.stream(clip, self.spec.kind)
-        n, size = len(stream), self.spec.samples if audio else self.spec.frames
+        stream, = self.data.store.streams(clip, [self.spec.kind])
+        n, size = stream_length(stream), self.spec.samples if audio else self.spec.frames
         def window(start: int) -> Tensor:                               # what is too short is looped
             if audio:
                 return torch.from_numpy(np.resize(stream[start:start + size], size))
@@ -1116,7 +1149,10 @@ def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
         height, width = (max(view.shape[axis] for view in views) for axis in (-2, -1))
         missing: Any = lambda view: [(0, 0)] * 3 + [(0, height - view.shape[-2]), (0, width - view.shape[-1])]
         views = [torch.from_numpy(np.pad(view, missing(view), "edge")) for view in views]
-    return torch.cat(views), torch.cat(boxes), counts, *(torch.stack(part) for part in rest)
+    if frames := views[0].ndim == 5:
+        views = [view.movedim(2, 4) for view in views]                  # as they lie in memory
+    joined = default_collate(views).flatten(0, 1) if len({*counts}) == 1 else torch.cat(views)  # copies once, not twice
+    return joined.movedim(4, 2) if frames else joined, torch.cat(boxes), counts, *(torch.stack(part) for part in rest)
 
 class EpochBatches(Sampler[Any]):
     """Shuffled batches of (clip, view seed), given by seed and `epoch`; under torchrun each process's part of them.
@@ -2137,12 +2173,12 @@ def open_store(layout: str, settings: dict[str, Any], cache: Path | None, clips:
     """The clips' streams as the settings ask for them."""
     side = round(settings["size"] * 128 / 112)                          # 112 is cropped from a shorter side of 128
     planes = cache is not None and not settings["raw_cache"]
-    load: Any = partial(load_stream, fps=settings["fps"], size=side, planes=planes)
+    load: Any = partial(load_streams, fps=settings["fps"], size=side, planes=planes)
     depends: dict[str, Any] = {"audio": [], "video": [settings["fps"], side]}
     if layout == "demo":
         dials = {name: settings[name] for name in ("seed", "noise", "mismatch", "fps")}
         dials |= {"student": STUDENT_KIND[settings["task"]], "side": side}
-        load, depends = partial(demo_stream, **dials), {"audio": dials, "video": dials}
+        load, depends = partial(demo_streams, **dials), {"audio": dials, "video": dials}
     return ClipStore(cache, clips, load, depends, settings["raw_cache"])
 
 def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, console: Console) -> Data:
