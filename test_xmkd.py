@@ -741,6 +741,25 @@ def test_planes_give_jpeg_the_colours_that_rgb_would(pix, space):
         assert (two.height, two.width) == (64, 85) and direct <= via_rgb + 0.2
 
 
+@pytest.mark.parametrize("space", [8, 10, 14])
+def test_a_colour_matrix_that_cannot_be_converted_costs_its_clip_and_not_the_training(tmp_path, space):
+    path = str(tmp_path / "odd.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = space, 2
+        for k in range(6):
+            frame = av.VideoFrame.from_ndarray(np.full((72, 64), 90, np.uint8), format="yuvj420p")
+            frame.colorspace, frame.color_range, frame.pts = space, 2, k
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with av.open(path) as container:
+        assert next(container.decode(video=0)).colorspace == space
+    store = xmkd.open_store("files", {**xmkd.DEFAULTS, "fps": 4.0}, tmp_path, [xmkd.Clip("a", (0,), "train", path, path)])
+    (_, lengths, _, reason), = store.decode([(0, ["video"])], 0, lambda done, total: None)
+    assert (lengths == [] and path in reason) or len(xmkd.read_frames(*store.streams(0, ["video"]), range(6))) == 6
+
+
 @needs_testdata
 def test_the_cache_of_real_clips_is_as_close_and_hardly_larger_without_rgb_between():
     for path in [*sorted((TESTDATA / "clips").glob("*.[ma]*[v4mg]")), next((TESTDATA / "avdigits").rglob("*.avi"))]:
@@ -1070,6 +1089,8 @@ def test_duration_decides_whether_a_file_is_cut(tmp_path):
     clip = clip._replace(audio=cut, video=cut)
     assert load_one(clip, "video", fps=10.0, size=16)[0].float().mean() == pytest.approx(0, abs=4)        # its own start
     assert len(load_one(clip, "audio")) == pytest.approx(32000, abs=1500)
+    between = encode(tmp_path / "between.avi", seconds=3.0)                                   # as near to 2 s as to 4 s: taken as whole
+    assert load_one(clip._replace(video=between, end=4.0), "video", fps=10.0, size=16)[0].float().mean() > 80
     late = clip._replace(audio=whole, video=whole, start=60.0, end=70.0)                     # past the end of a whole video: no view of its beginning
     with pytest.raises(xmkd.InputError, match="whole.mp4: no video between 60 and 70 s"):
         load_one(late._replace(named=True), "video")
@@ -1087,6 +1108,9 @@ def test_a_file_with_both_streams_is_read_once_for_both(tmp_path, monkeypatch, n
         both = [*xmkd.load_streams(clip, [("audio", "video")[k] for k in order], fps=10.0, size=24)]
         assert all(torch.equal(stream, alone[k]) for stream, k in zip(both, order, strict=True))
     assert [len(streams) for streams, *_ in opened] == [2, 2] and len(alone[0]) > 40000
+    monkeypatch.setattr(xmkd.os.path, "getsize", lambda path: 2 ** 27)              # a large one is not held in memory
+    assert all(map(torch.equal, xmkd.load_streams(clip, ("audio", "video"), fps=10.0, size=24), alone))
+    assert [len(streams) for streams, *_ in opened[2:]] == [1, 1] and not [*xmkd.load_streams(clip, ())]
 
 
 def test_each_stream_tells_by_its_own_file_whether_it_is_cut(tmp_path):

@@ -516,20 +516,23 @@ def open_media(path: str | Path, *kinds: str) -> Iterator[list[Any]]:
 
 def timed_frames(streams: list[Any], start: float, end: float | None) -> list[Iterator[tuple[float, Any]]]:
     """Of each stream (seconds since the file's start, frame) from just before `start` to the first at `end`, less damaged
-    packets. The file is read once: packets of a stream that is not asked for yet wait in memory."""
+    packets. The file is read once: while one stream is asked for, the other's packets wait in memory."""
     container = streams[0].container
     origin = (container.start_time or 0) / av.time_base
     if start > 0:
         with suppress(av.error.FFmpegError, OverflowError):                     # no index: decode from the beginning
             container.seek(int((max(start - 0.5, 0.0) + origin) * av.time_base))
     def decode(stream: Any, packets: Iterator[Any]) -> Iterator[tuple[float, Any]]:
-        for packet in packets:
-            with suppress(av.error.FFmpegError):
-                for frame in packet.decode() if packet.stream is stream else ():
-                    seconds = float(frame.time or 0.0) - origin
-                    yield seconds, frame
-                    if end is not None and seconds >= end:                      # tells how long the one before is shown
-                        return
+        for packet in (packet for packet in packets if packet.stream is stream):
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError:
+                continue
+            for frame in frames:
+                seconds = float(frame.time or 0.0) - origin
+                yield seconds, frame
+                if end is not None and seconds >= end:                          # tells how long the one before is shown
+                    return
     return [*map(decode, streams, itertools.tee(container.demux(streams), len(streams)))]
 
 def check_length(stream: Any, start: float, end: float | None, got: float) -> None:
@@ -564,7 +567,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None,
         return join_sound(streams[0], timed_frames(streams, start, end)[0], start, end, rate)
 
 def join_sound(stream: Any, frames: Iterator[tuple[float, Any]], start: float, end: float | None, rate: int) -> Tensor:
-    """What `decode_audio` returns, of a stream and its `timed_frames`."""
+    """What `decode_audio` returns or raises, of a stream and its `timed_frames`."""
     first, pieces = None, list[Any]()
     layout = lambda item: (item[1].format.name, item[1].layout.name, item[1].sample_rate)       # can change in mid-stream
     for _, group in itertools.groupby(frames, layout):
@@ -587,14 +590,15 @@ def join_sound(stream: Any, frames: Iterator[tuple[float, Any]], start: float, e
     return torch.from_numpy(samples)
 
 def to_picture(frame: Any, size: tuple[int, int] | int, scale: Any, convert: Any, planes: bool = False) -> Any:
-    """A frame upright, in `decode_video`'s size, RGB; with `planes`, if it came so, in YUV 4:2:0 of its colour matrix."""
+    """A frame of PyAV upright, in `decode_video`'s size, RGB. With `planes` YUV 4:2:0 stays so, its range made full."""
     turns = round(frame.rotation / 90) % 4                                      # phones store the turn beside the picture
     if isinstance(size, int):
         sides = (frame.height, frame.width)
         height, width = (round(size * min(side / min(sides), 4)) for side in sides)
     else:
         height, width = size[::-1] if turns % 2 else size
-    if planes and not turns and frame.format.name in ("yuv420p", "yuvj420p"):
+    known = (0, 1, 2, 4, 5, 6, 7, 9)                                            # colour matrices that libswscale has
+    if planes and not turns and frame.format.name in ("yuv420p", "yuvj420p") and frame.colorspace in known:
         return scale.reformat(frame, width, height, "yuvj420p", threads=1)
     if frame.format.name.startswith("yuv"):                                     # scaled first: half the time
         frame = scale.reformat(frame, width, height, threads=1)
@@ -605,7 +609,7 @@ def to_picture(frame: Any, size: tuple[int, int] | int, scale: Any, convert: Any
 
 def choose_pictures(stream: Any, frames: Iterator[Any], start: float, end: float | None, fps: float,
                     size: tuple[int, int] | int, planes: bool = False) -> list[Any]:
-    """What `decode_video` returns, of a stream and its `timed_frames`, as T frames of PyAV: `to_picture`'s."""
+    """What `decode_video` returns or raises, of a stream and its `timed_frames`, as T frames of PyAV by `to_picture`."""
     pictures, reformatters, seconds = list[Any](), (VideoReformatter(), VideoReformatter()), start
     period = 1 / float(stream.average_rate or 25)
     for (seconds, frame), (following, _) in itertools.pairwise(itertools.chain(frames, [(None, None)])):
@@ -876,24 +880,25 @@ def read_folder(root: str | Path, skipped: list[tuple[str, str]] | None = None) 
 
 def load_streams(clip: Clip, kinds: Sequence[str], fps: float = 4.0, size: tuple[int, int] | int = 128,
                  planes: bool = False) -> Iterator[Any]:
-    """Of each kind "audio" -> (samples,) float32 at 32 kHz, "video" -> (T, 3, H, W) uint8. Raises InputError.
+    """One after the other, "audio": (samples,) float32 at 32 kHz, "video": (T, 3, H, W) uint8. Raises InputError.
 
     planes  frames (but those of HDF5) as a list of PyAV's, which `pack_frames` need not convert from RGB
-    A file that holds both is read once. Unless the clip tells, a file is cut already if its duration is nearer to the
-    segment's than to the segment's end.
+    A file that holds both is read once, but not one of 128 MiB, since packets wait in memory. Unless the clip tells, a
+    file is cut already if its duration is nearer to the segment's than to the segment's end.
     """
-    for path, group in itertools.groupby(kinds, partial(getattr, clip)):
-        here, start, end = [*group], clip.start, clip.end
+    large = clip.audio is not None and os.path.isfile(clip.audio) and os.path.getsize(clip.audio) >= 2 ** 27
+    for (path, _), group in itertools.groupby(kinds, lambda kind: (getattr(clip, kind), large and kind)):
+        wanted, start, end = [*group], clip.start, clip.end
         if path is None:
-            raise InputError(f"{clip.id}: no file with a {here[0]} stream")
-        if here == ["video"] and path.lower().endswith(".hdf5"):
+            raise InputError(f"{clip.id}: no file with a {wanted[0]} stream")
+        if wanted == ["video"] and path.lower().endswith(".hdf5"):
             yield decode_hdf5(path, size)
             continue
-        with open_media(path, *here) as streams:
+        with open_media(path, *wanted) as streams:
             duration = (streams[0].container.duration or 0) / av.time_base
             if clip.named and Path(path).stem.lower() == clip.id.lower():
                 start, end = 0.0, None
-            elif not clip.named and start > 0 and end and 0 < duration <= max(end - start + 0.5, end - start / 2):
+            elif not clip.named and start > 0 and end and 0 < duration < max(end - start + 0.5, end - start / 2):
                 start, end = 0.0, end - start
             for stream, frames in zip(streams, timed_frames(streams, start, end)):
                 if stream.type == "audio":
@@ -986,14 +991,15 @@ def pack_frames(frames: Tensor | list[Any]) -> np.ndarray:
     return np.frombuffer(b"".join([bounds.tobytes(), *parts]), np.uint8)
 
 def stream_length(stream: np.ndarray) -> int:
-    """Samples or frames of a stream as `ClipStore` gives it."""
+    """Samples or frames of a stream as `ClipStore` gives it: of packed frames the first begins behind T + 1 bounds."""
     return len(stream) if stream.ndim == 4 or stream.dtype == np.int16 else int(stream[:4].view(np.uint32)[0]) // 4 - 1
 
 def read_frames(stream: np.ndarray, window: Sequence[int]) -> Tensor:
-    """The frames of a window, (len(window), 3, H, W) uint8, of a stream as `pack_frames` made it or as decoded."""
+    """The frames of a window, (len(window), 3, H, W) uint8, of `pack_frames`' result or of (T, H, W, 3) uint8."""
     if stream.ndim == 4:
-        part = slice(window[0], window[-1] + 1)                         # copies nothing yet
-        return torch.from_numpy(stream[part if [*window] == [*range(part.start, part.stop)] else window]).movedim(3, 1)
+        part = slice(window[0], window[-1] + 1)
+        consecutive = [*window] == [*range(part.start, part.stop)]      # then it is a view of the file: nothing is copied
+        return torch.from_numpy(stream[part if consecutive else window]).movedim(3, 1)
     stream, (wanted, places) = np.asarray(stream), np.unique(window, return_inverse=True)
     bounds = stream[:4 * stream_length(stream) + 4].view(np.uint32)
     codec, reformatter, pictures = av.CodecContext.create("mjpeg", "r"), VideoReformatter(), []     # once: half the time
@@ -1025,7 +1031,7 @@ class ClipStore(Dataset[Any]):
         return digest(__version__, clip.id, kind, source, self.depends[kind], as_decoded)
 
     def streams(self, i: int, kinds: Sequence[str]) -> list[np.ndarray]:
-        """Of each kind (samples,) int16, or frames (T, ...) for `read_frames`. InputError: clip i cannot be decoded."""
+        """Samples (n,) int16, or frames as `read_frames` takes them, by kind. InputError: clip i cannot be decoded."""
         files, found = dict[str, str](), dict[str, np.ndarray]()
         for kind in kinds if self.folder else ():
             files[kind] = f"{self.folder}/clips/{(name := self.key(i, kind))[:2]}/{name}.npy"   # no Path: faster
@@ -1145,13 +1151,14 @@ def join_views(items: list[tuple[Tensor, ...]]) -> tuple[Any, ...]:
     """Views and boxes of all items of `Views`, number of views of each, the rest stacked; small frames' edges repeat."""
     views, boxes, *rest = map(list, zip(*items))
     counts = [len(view) for view in views]
-    if len({view.shape[1:] for view in views}) > 1:
-        height, width = (max(view.shape[axis] for view in views) for axis in (-2, -1))
-        missing: Any = lambda view: [(0, 0)] * 3 + [(0, height - view.shape[-2]), (0, width - view.shape[-1])]
-        views = [torch.from_numpy(np.pad(view, missing(view), "edge")) for view in views]
     if frames := views[0].ndim == 5:
-        views = [view.movedim(2, 4) for view in views]                  # as they lie in memory
-    joined = default_collate(views).flatten(0, 1) if len({*counts}) == 1 else torch.cat(views)  # copies once, not twice
+        views = [view.movedim(2, 4) for view in views]                  # (n, T, H, W, 3), as they lie in memory
+        height, width = (max(view.shape[axis] for view in views) for axis in (2, 3))
+        missing: Any = lambda view: [(0, 0)] * 2 + [(0, height - view.shape[2]), (0, width - view.shape[3]), (0, 0)]
+        if len({view.shape[2:] for view in views}) > 1:
+            views = [torch.from_numpy(np.pad(view, missing(view), "edge")) for view in views]
+    even = len({*counts}) == 1                                          # then workers join them in shared memory at once
+    joined = default_collate(views).flatten(0, 1) if even else torch.cat(views)
     return joined.movedim(4, 2) if frames else joined, torch.cat(boxes), counts, *(torch.stack(part) for part in rest)
 
 class EpochBatches(Sampler[Any]):
