@@ -1097,6 +1097,40 @@ def test_duration_decides_whether_a_file_is_cut(tmp_path):
     assert len(load_one(late._replace(id="WHOLE", named=True), "video", fps=4.0)) == 16      # its name says that it is the segment itself
 
 
+def moving(path, times, codec="libx264", **options):
+    """A film of a square that is elsewhere in each frame, shown at `times`, in milliseconds."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25, options={"bf": "3", "b_strategy": "0", "preset": "fast", **options})
+        stream.width, stream.height, stream.pix_fmt, stream.codec_context.time_base = 64, 48, "yuv420p", Fraction(1, 1000)
+        for k, at in enumerate(times):
+            image = np.full((48, 64, 3), 20 + k * 7 % 200, np.uint8)
+            image[8:24, k * 3 % 56:k * 3 % 56 + 8] = 255, 0, k * 13 % 255
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+            frame.pts, frame.time_base = at, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return str(path)
+
+
+@pytest.mark.parametrize("name, times", [("even.mp4", range(0, 4000, 40)), ("even.mov", range(0, 6000, 40)), ("even.avi", range(0, 4000, 40)), ("gap.mp4", [*range(0, 2000, 40), *range(3480, 5480, 40)]),
+                                         ("uneven.mp4", np.cumsum([20, 33, 90, 40] * 20).tolist()), ("uneven.mkv", np.cumsum([20, 33, 90, 40] * 20).tolist())])
+def test_frames_that_nothing_needs_are_not_decoded_and_not_missed(tmp_path, monkeypatch, name, times):
+    path, decoded, fewer = moving(tmp_path / name, times), [], False
+
+    def spy(streams, start, end, fps=math.inf, real=xmkd.timed_frames):
+        frames, = real(streams, start, end, limit or fps)
+        return [(decoded.append(item[0]) or item for item in frames)]
+    monkeypatch.setattr(xmkd, "timed_frames", spy)
+    for fps, start, end in itertools.product((1.0, 2.0, 4.0, 7.0, 12.5, 30.0), (0.0, 0.7), (None, 2.1)):
+        counts = []
+        for limit in (math.inf, None):
+            decoded.clear()
+            counts.append((xmkd.decode_video(path, start, end, fps, 24), len(decoded)))
+        assert torch.equal(counts[0][0], counts[1][0])
+        fewer |= counts[1][1] < 0.8 * counts[0][1]
+    assert fewer == name.startswith("even.m")
+
+
 @pytest.mark.parametrize("start, end", [(0.0, None), (1.0, 2.5), (60.0, 64.0)])
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
 def test_a_file_with_both_streams_is_read_once_for_both(tmp_path, monkeypatch, name, start, end):

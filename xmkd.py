@@ -514,16 +514,23 @@ def open_media(path: str | Path, *kinds: str) -> Iterator[list[Any]]:
     except Exception as error:                                          # a dozen kinds, by what is wrong with the file
         raise InputError(f"{name}: cannot be decoded ({getattr(error, 'strerror', None) or error})") from error
 
-def timed_frames(streams: list[Any], start: float, end: float | None) -> list[Iterator[tuple[float, Any]]]:
+def timed_frames(streams: list[Any], start: float, end: float | None, fps: float = math.inf) -> list[Iterator[Any]]:
     """Of each stream (seconds since the file's start, frame) from just before `start` to the first at `end`, less damaged
-    packets. The file is read once: while one stream is asked for, the other's packets wait in memory."""
+    packets and, of MP4 with an even rate, frames that no other builds on and no start + k / fps shows. The file is read
+    once: while one stream is asked for, the other's packets wait in memory."""
     container = streams[0].container
-    origin = (container.start_time or 0) / av.time_base
+    origin, total = (container.start_time or 0) / av.time_base, (container.duration or 0) / av.time_base
     if start > 0:
         with suppress(av.error.FFmpegError, OverflowError):                     # no index: decode from the beginning
             container.seek(int((max(start - 0.5, 0.0) + origin) * av.time_base))
     def decode(stream: Any, packets: Iterator[Any]) -> Iterator[tuple[float, Any]]:
+        mp4 = stream.codec_context.name == "h264" and "mp4" in container.format.name            # whose times are exact
+        rate = stream.average_rate if mp4 and stream.average_rate == stream.base_rate else None
         for packet in (packet for packet in packets if packet.stream is stream):
+            if rate and packet.pts is not None and fps < math.inf:              # saves up to a third of the time
+                at, half = float(packet.pts * packet.time_base) - origin - start, 0.5 / float(rate)
+                near = math.ceil((at - half) * fps) <= (at + 3 * half) * fps or at + start > total - 1
+                stream.codec_context.skip_frame = "DEFAULT" if near else "NONREF"
             try:
                 frames = packet.decode()
             except av.error.FFmpegError:
@@ -638,7 +645,7 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     Raises InputError: unreadable, no video stream, nothing in the range, shorter than the header promises.
     """
     with open_media(path, "video") as streams:
-        frames, = timed_frames(streams, start, end)
+        frames, = timed_frames(streams, start, end, fps)
         return stack_pictures(choose_pictures(streams[0], frames, start, end, fps, size))
 
 def decode_hdf5(path: str | Path, size: tuple[int, int] | int = (128, 171)) -> Tensor:
@@ -900,7 +907,7 @@ def load_streams(clip: Clip, kinds: Sequence[str], fps: float = 4.0, size: tuple
                 start, end = 0.0, None
             elif not clip.named and start > 0 and end and 0 < duration < max(end - start + 0.5, end - start / 2):
                 start, end = 0.0, end - start
-            for stream, frames in zip(streams, timed_frames(streams, start, end)):
+            for stream, frames in zip(streams, timed_frames(streams, start, end, fps)):
                 if stream.type == "audio":
                     yield join_sound(stream, frames, start, end, 32000)
                 else:
