@@ -529,8 +529,8 @@ def timed_frames(streams: list[Any], start: float, end: float | None, fps: float
         for packet in (packet for packet in packets if packet.stream is stream):
             if rate and packet.pts is not None and fps < math.inf:              # saves up to a third of the time
                 at, half = float(packet.pts * packet.time_base) - origin - start, 0.5 / float(rate)
-                near = math.ceil((at - half) * fps) <= (at + 3 * half) * fps or at + start > total - 1
-                stream.codec_context.skip_frame = "DEFAULT" if near else "NONREF"
+                shown = math.ceil((at - half) * fps) <= (at + 3 * half) * fps   # at a k / fps, give or take half a frame
+                stream.codec_context.skip_frame = "DEFAULT" if shown or at + start > total - 1 else "NONREF"
             try:
                 frames = packet.decode()
             except av.error.FFmpegError:
