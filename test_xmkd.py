@@ -1089,8 +1089,8 @@ def test_duration_decides_whether_a_file_is_cut(tmp_path):
     clip = clip._replace(audio=cut, video=cut)
     assert load_one(clip, "video", fps=10.0, size=16)[0].float().mean() == pytest.approx(0, abs=4)        # its own start
     assert len(load_one(clip, "audio")) == pytest.approx(32000, abs=1500)
-    between = encode(tmp_path / "between.avi", seconds=3.0)                                   # as near to 2 s as to 4 s: taken as whole
-    assert load_one(clip._replace(video=between, end=4.0), "video", fps=10.0, size=16)[0].float().mean() > 80
+    between = encode(tmp_path / "between.wav", seconds=3.0)                                   # as near to 2 s as to 4 s: taken as whole
+    assert len(load_one(clip._replace(audio=between, end=4.0), "audio")) == 32000
     late = clip._replace(audio=whole, video=whole, start=60.0, end=70.0)                     # past the end of a whole video: no view of its beginning
     with pytest.raises(xmkd.InputError, match="whole.mp4: no video between 60 and 70 s"):
         load_one(late._replace(named=True), "video")
@@ -1233,7 +1233,7 @@ def test_a_damaged_file_of_the_cache_is_decoded_again(tmp_path):
     store = demo_data(tmp_path).store
     whole = np.array(store.streams(0, ["video"])[0])
     file, = tmp_path.rglob("*.npy")
-    for content in (b"", file.read_bytes()[:90], file.read_bytes()[:900], b"no array"):
+    for content in (b"", file.read_bytes()[:90], file.read_bytes()[:900], b"no array", file.read_bytes()[:128] + bytes(file.stat().st_size - 128)):
         file.write_bytes(content)
         assert np.array_equal(store.streams(0, ["video"])[0], whole) and np.array_equal(np.load(file), whole)
 

@@ -1043,7 +1043,8 @@ class ClipStore(Dataset[Any]):
         for kind in kinds if self.folder else ():
             files[kind] = f"{self.folder}/clips/{(name := self.key(i, kind))[:2]}/{name}.npy"   # no Path: faster
             with suppress(FileNotFoundError, ValueError, EOFError):     # not there yet, or damaged since
-                found[kind] = np.load(files[kind], mmap_mode="c")
+                if stream_length(stream := np.load(files[kind], mmap_mode="c")) > 0:
+                    found[kind] = stream
         missing = [kind for kind in kinds if kind not in found]
         loaded = self.load(self.clips[i], missing)
         for kind in missing:
