@@ -527,7 +527,7 @@ def timed_frames(streams: list[Any], start: float, end: float | None, fps: float
         mp4 = stream.codec_context.name == "h264" and "mp4" in container.format.name            # whose times are exact
         rate = stream.average_rate if mp4 and stream.average_rate == stream.base_rate else None
         for packet in (packet for packet in packets if packet.stream is stream):
-            if rate and packet.pts is not None and fps < math.inf:              # saves up to a third of the time
+            if rate and packet.pts is not None and fps < math.inf:              # saves about a tenth of the time
                 at, half = float(packet.pts * packet.time_base) - origin - start, 0.5 / float(rate)
                 shown = math.ceil((at - half) * fps) <= (at + 3 * half) * fps   # at a k / fps, give or take half a frame
                 stream.codec_context.skip_frame = "DEFAULT" if shown or at + start > total - 1 else "NONREF"
