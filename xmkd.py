@@ -1004,20 +1004,19 @@ def stream_length(stream: np.ndarray) -> int:
 def read_frames(stream: np.ndarray, window: Sequence[int]) -> Tensor:
     """The frames of a window, (len(window), 3, H, W) uint8, of `pack_frames`' result or of (T, H, W, 3) uint8."""
     if stream.ndim == 4:
-        part = slice(window[0], window[-1] + 1)
-        consecutive = [*window] == [*range(part.start, part.stop)]      # then it is a view of the file: nothing is copied
-        return torch.from_numpy(stream[part if consecutive else window]).movedim(3, 1)
-    stream, (wanted, places) = np.asarray(stream), np.unique(window, return_inverse=True)
-    bounds = stream[:4 * stream_length(stream) + 4].view(np.uint32)
-    codec, reformatter, pictures = av.CodecContext.create("mjpeg", "r"), VideoReformatter(), []     # once: half the time
+        span = slice(window[0], window[-1] + 1)
+        consecutive = [*window] == [*range(span.start, span.stop)]      # then it is a view of the file: nothing is copied
+        return torch.from_numpy(stream[span if consecutive else window]).movedim(3, 1)
+    stream, images = np.asarray(stream), dict[int, np.ndarray]()
+    bounds = stream[:4 * stream_length(stream) + 4].view(np.uint32).tolist()
+    codec, reformatter = av.CodecContext.create("mjpeg", "r"), VideoReformatter()               # once: half the time
     codec.thread_count = 1
-    for k in wanted:
-        matrix, jpeg = stream[bounds[k]], stream[bounds[k] + 1:bounds[k + 1]]
-        picture = codec.decode(av.Packet(jpeg.tobytes()))[0]
-        picture.colorspace = matrix                                     # a JPEG itself cannot tell
-        pictures.append(reformatter.reformat(picture, format="rgb24", threads=1))
-    frames = stack_pictures(pictures)
-    return frames if np.array_equal(wanted, window) else frames[places]
+    for k in {*window}:                                                 # each once, although a window may loop
+        part = stream[bounds[k]:bounds[k + 1]].tobytes()
+        picture = codec.decode(av.Packet(part[1:]))[0]
+        picture.colorspace = part[0]                                    # a JPEG itself cannot tell
+        images[k] = reformatter.reformat(picture, format="rgb24", threads=1).to_ndarray()
+    return torch.from_numpy(np.stack([images[k] for k in window])).movedim(3, 1)
 
 class ClipStore(Dataset[Any]):
     """Streams of clips, each decoded once into a file of its own: int16 samples at 32 kHz; frames, as JPEG unless `raw`.
@@ -1042,8 +1041,9 @@ class ClipStore(Dataset[Any]):
         files, found = dict[str, str](), dict[str, np.ndarray]()
         for kind in kinds if self.folder else ():
             files[kind] = f"{self.folder}/clips/{(name := self.key(i, kind))[:2]}/{name}.npy"   # no Path: faster
-            with suppress(FileNotFoundError, ValueError, EOFError):     # not there yet, or damaged since
-                if stream_length(stream := np.load(files[kind], mmap_mode="c")) > 0:
+            with suppress(FileNotFoundError, ValueError):               # not there yet, or damaged since
+                stream = np.lib.format.open_memmap(files[kind], mode="c")       # np.load opens it twice
+                if stream_length(stream) > 0:
                     found[kind] = stream
         missing = [kind for kind in kinds if kind not in found]
         loaded = self.load(self.clips[i], missing)
