@@ -1027,6 +1027,7 @@ def test_the_authors_annotations_parse_whole(tmp_path, name, layout, train, eval
 @pytest.mark.parametrize("table, rows, names", [
     ("vggsound.csv", '-aaaaaaaaa0,30,"playing drums, loud",train\nvbbbbbbbbb0,0,dog,test\ncccccccccc0,5,dog,train\n', ["-aaaaaaaaa0_000030.mp4", "vbbbbbbbbb0_000000.wav", "vbbbbbbbbb0_000000.mkv"]),
     ("vggsound.csv", '-aaaaaaaaa0,30,"playing drums, loud",train\nvbbbbbbbbb0,0,dog,test\ncccccccccc0,5,dog,train\n', ["v-aaaaaaaaa0_30_40_out.mkv", "vvbbbbbbbbb0_0_10_out.mkv"]),
+    ("vggsound.csv", '-aaaaaaaaa0,30,"playing drums, loud",train\nvbbbbbbbbb0,0,dog,test\ncccccccccc0,5,dog,train\n', ["-aaaaaaaaa0_30000_40000.mp4", "vbbbbbbbbb0_0_10000.mp4"]),
     ("test.csv", 'vbbbbbbbbb0_000000.mp4,dog\n', ["vbbbbbbbbb0_000000.mp4"])])
 def test_vggsound_files_are_found_by_id_and_start(tmp_path, table, rows, names):
     (tmp_path / "lists").mkdir()
@@ -1700,6 +1701,8 @@ def test_bf16_stays_near_float32_and_the_losses_keep_float32(kind):
         noise_filter, inputs = xmkd.ModalityNoiseFilter(5, 64), rand(8, 64, 64) if kind == "audio" else rand(8, 3, 4, 32, 32)
         features = network(inputs)
         assert {part.dtype for part in features} == {torch.float32} and type(features) is xmkd.Features
+        last = network.cls if kind == "video" else network.fc_audioset
+        assert torch.allclose(features.logits, F.linear(features.pooled, last.weight, last.bias), atol=1e-6)     # of 8 bits they would tie
         terms[amp] = xmkd.train_step(network, noise_filter, xmkd.make_optimizer(network, noise_filter), inputs, rand(8, 64), torch.arange(8) % 5)
     differences = [abs(float(terms["bf16"][k] - terms["none"][k])) for k in terms["none"]]
     assert 0 < max(differences) < 0.05 and all(value.dtype == torch.float32 for value in terms["bf16"].values())
@@ -1790,6 +1793,36 @@ def test_torchrun_trains_evaluates_each_clip_once_and_one_process_goes_on(tmp_pa
     assert refused.returncode and "] error: --batch-size 7 is not a multiple of the 2 processes" in refused.stderr
     evaluated = torchrun(HERE / "xmkd.py", "--eval", tmp_path / "run" / "best.pt", "--out", tmp_path / "eval", "--cache", tmp_path / "cache", "--workers", "0", processes=3)
     assert evaluated.returncode == 0 and json.loads((tmp_path / "eval" / "results.json").read_text())["metrics"] == pytest.approx(again, abs=1e-6)
+
+
+def test_two_runs_that_share_a_cache_make_one_teacher(tmp_path, media, monkeypatch):
+    arguments, told = [*TINY, "--task", "action_recognition", "--data", str(media), "--teacher", "scratch", "--cache", str(tmp_path / "cache")], []
+    monkeypatch.setattr(xmkd, "train_student", lambda *a: {"metrics": {}})
+    assert xmkd.main([*arguments, "--out", str(tmp_path / "a")]) == 0
+    kept, = tmp_path.glob("cache/teacher-*/embeddings.pt")
+    made = kept.rename(tmp_path / "made")
+    monkeypatch.setattr(xmkd, "train_teacher", lambda *a: pytest.fail("trained again"))
+    with (kept.parent / ".lock").open("w") as lock:                     # as another run would
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        def finish(console, text):
+            if "waits for another run" in text:
+                told.append(str(made.rename(kept).parent) in text)
+                fcntl.flock(lock, fcntl.LOCK_UN)
+        monkeypatch.setattr(xmkd.Console, "say", finish)
+        assert xmkd.main([*arguments, "--out", str(tmp_path / "b")]) == 0 and told == [True]
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch, tmp_path):
+    ended = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: ended.append(True))
+    assert xmkd.main(["--data", str(tmp_path / "none")]) == 2 and not ended
+    monkeypatch.setattr(xmkd, "run", lambda given: None)
+    assert xmkd.main([]) == 0 and ended
+
+
+def test_bf16_on_a_cpu_is_refused(capsys):
+    assert xmkd.main(["--amp", "bf16", "--device", "cpu"]) == 2 and "--amp bf16 needs a GPU" in capsys.readouterr().err
 
 
 def test_one_process_that_fails_ends_all_with_its_message(tmp_path, media):
@@ -2384,6 +2417,22 @@ def test_evaluation_does_not_complain_about_training_clips(tmp_path):
     assert [c.id for c in clips] == ["val/a/2"] and skipped == []
     with pytest.raises(xmkd.InputError, match="train split .* is empty: .*; train/a/1: missing: no file with the other stream"):
         xmkd.list_clips("folder", settings, skipped, console)
+
+
+@pytest.mark.parametrize("picture", [False, True])
+def test_sound_alone_trains_a_student_and_no_clip_is_added_where_others_have_both(tmp_path, picture):
+    for name in ("train/a/1.wav", "train/a/2.wav", "val/a/3.wav", *["train/a/4.mp4"] * picture):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    settings, console = {"data": str(tmp_path), "task": "audio_tagging", "split": "balanced", "fold": 1}, xmkd.Console(quiet=True)
+    for more in ({"method": "student"}, {"compare": "student"}, {"eval": "best.pt"}):
+        clips, _, needs = xmkd.list_clips("folder", {**settings, **more}, [], console)
+        both = picture and "eval" not in more
+        assert {c.id for c in clips if c.split == "train"} == ({"train/a/4"} if both else set() if "eval" in more else {"train/a/1", "train/a/2"})
+        assert needs["eval"] == ["audio"] and ("eval" in more or needs["train"] == (["audio", "video"] if both else ["audio"]))
+    if not picture:
+        with pytest.raises(xmkd.InputError, match="no file with the other stream"):
+            xmkd.list_clips("folder", {**settings, "compare": "student,xmkd"}, [], console)
 
 
 def test_recipes_follow_the_data_set(tmp_path):

@@ -70,7 +70,6 @@ from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
-from torchvision.ops import roi_align
 from torchvision.transforms import RandomResizedCrop, v2
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
@@ -117,7 +116,7 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
     offset      added to the similarity to make the temperature; 0.07 UCF51, 0.2 ActivityNet
     returns     ()      batch mean in nats; log(B) when all embeddings and all similarities are equal
     Raises ValueError if `similarity` carries a gradient or `offset` is not positive.
-    Agreeing pairs are softened, others sharpened. The 1e-10 caps each term near 23 nats.
+    Agreeing pairs are softened, others sharpened. The 1e-10 caps each term near 23 nats; it is 0 in float16.
     """
     if similarity.requires_grad:
         raise ValueError("similarity sets the temperature and must not be trained through; pass similarity.detach()")
@@ -204,7 +203,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
                calibrate: bool = True) -> dict[str, Tensor]:
     """One whole update; returns the detached loss terms as weighted in the sum. Numbers are the title page's.
 
-    inputs (B, ...) for the student, teacher (B, D) embeddings, labels (B,) or (B, C); any float dtype.
+    inputs (B, ...) for the student, teacher (B, D) embeddings, labels (B,) or (B, C); float32 or float64.
     Under torchrun each process passes its part of the batch and its student in DistributedDataParallel.
     noise_filter  a ModalityNoiseFilter; None: no distillation; or a `Distiller`, whose loss `distill` stands for 2 to 4
     calibrate     False: the temperature of every pair is `offset` (method mnf)
@@ -475,7 +474,8 @@ class Prepare(nn.Module):
         if views.ndim == 5:
             if boxes is not None:                      # one call crops, scales and mirrors every frame of every clip
                 rois = torch.cat([torch.arange(len(boxes), device=boxes.device)[:, None], boxes], dim=1)
-                crops = roi_align(views.flatten(1, 2).float(), rois, self.size, sampling_ratio=2, aligned=True)
+                crops = torch.ops.torchvision.roi_align(        # ops.roi_align compiles if --deterministic on a GPU
+                    views.flatten(1, 2).float(), rois, 1.0, self.size, self.size, 2, True)
                 views = crops.unflatten(1, (-1, 3))
             return (views.transpose(1, 2).float() / 255 - self.mean) / self.std
         logmel = self.logmel(views.float() / 32767)
@@ -866,7 +866,12 @@ def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None
     classes = sorted({*label_of.values()})
     clips = ((key, place, Clip(key, (classes.index(label_of[key]),), part, None, None, start, start + 10))
              for key, place, part, start in rows)
-    keys = lambda name: (f"{n[:11]}_{n[12:].split('.')[0].split('_')[0]:0>6}" for n in (name, name.removeprefix("v")))
+    def keys(name: str) -> Iterator[str]:
+        for n in (name, name.removeprefix("v")):
+            start, end, *_ = f"{n[12:].split('.')[0]}__".split("_")
+            if start.isdecimal() and end.isdecimal() and int(end) - int(start) >= 1000:         # audiosetdl: milliseconds
+                start = str(int(start) // 1000)
+            yield f"{n[:11]}_{start:0>6}"
     return match_files(clips, keys, root, skipped), classes
 
 def read_folder(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
@@ -1216,6 +1221,7 @@ class Data(NamedTuple):
                teacher: Tensor | None = None) -> Any:
         """Shuffled batches of training views, or the windows of each clip in order."""
         size, workers = max(1, settings["batch_size"] // WORLD), settings["workers"]
+        size = min(size, 8) if spec.kind == "video" else size           # long videos have many windows
         batches: Any = [[(i, 0) for i in clips[b:b + size]] for b in range(0, len(clips), size)]
         if protocol == "train":
             weights, pairs = None, 2 if settings["mixup"] else 1
@@ -1565,6 +1571,29 @@ def read_features(paths: Sequence[str]) -> Tensor:
             raise InputError(f"{path}: no embedding ({error}); pickled arrays are refused") from error
     return torch.stack(rows)
 
+def embed_teacher(job: Job, folder: Path, network: nn.Module | None, reason: str) -> dict[str, Any]:
+    """What `run_teacher` returns; the teacher is `network`, else --teacher's file, else trained in `folder`: `reason`."""
+    settings, data, spec, console = job
+    if reason and not network:
+        console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
+    if "explain" in settings:
+        console.warn(f"the checkpoint's teacher is not in {folder.parent}; it is made anew; --cache names the run's")
+    if network:
+        known, info = False, {"kind": "torchvision r2plus1d_18, Kinetics-400"}          # known: are the classes to it?
+        network = equip(network, settings)
+    elif (choice := settings["teacher"]) not in ("auto", "scratch"):
+        saved, info = load_checkpoint(choice), {"kind": f"checkpoint {choice}"}
+        network, known = restore(job, "teacher", saved), saved["classes"] == data.classes
+    else:
+        (network, info), known = train_teacher(job, folder), True
+    jobs = [(i, (spec.kind,)) for i in data.eval]
+    decoded = data.store.decode(jobs, settings["workers"], console.progress("decoding"))
+    shared = [i for i, *_, problem in decoded if not problem]
+    scores, found = predict(job, network, data.train + shared, label="teacher embeddings")
+    pooled = torch.zeros(len(data.store.clips), found.shape[1])
+    pooled[data.train + shared] = found
+    return {"pooled": pooled, "shared": shared, "info": info, "scores": scores[len(data.train):] if known else None}
+
 def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     """`pooled` (N, D): the teacher's embeddings of the training clips and the `shared` evaluation clips that have its
     modality, else zeros; `scores` of the latter, if it knows the classes; `info`. A file in `cache`, memory-mapped."""
@@ -1587,29 +1616,11 @@ def run_teacher(job: Job, cache: Path) -> dict[str, Any]:
     files = [[data.store.key(i, spec.kind) for i in part] for part in (data.train, data.eval)]
     labels = [data.store.clips[i].labels for i in data.train]
     folder = cache / f"teacher-{digest(source, spec, needs, files, labels, data.classes, data.train, data.eval)}"
-    folder, done = agree((folder, (folder / "embeddings.pt").exists()))
-    if not done:
-        if reason and not network:
-            console.warn(f"{reason}; the teacher is trained from scratch and weaker; --teacher FILE takes a better one")
-        if "explain" in settings:
-            console.warn(f"the checkpoint's teacher is not in {cache} and is made anew; --cache names the run's folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        if network:
-            known, info = False, {"kind": "torchvision r2plus1d_18, Kinetics-400"}      # known: are the classes to it?
-            network = equip(network, settings)
-        elif file:
-            saved, info = load_checkpoint(choice), {"kind": f"checkpoint {choice}"}
-            network, known = restore(job, "teacher", saved), saved["classes"] == data.classes
-        else:
-            (network, info), known = train_teacher(job, folder), True
-        jobs = [(i, (spec.kind,)) for i in data.eval]
-        decoded = data.store.decode(jobs, settings["workers"], console.progress("decoding"))
-        shared = [i for i, *_, problem in decoded if not problem]
-        scores, found = predict(job, network, data.train + shared, label="teacher embeddings")
-        pooled = torch.zeros(len(data.store.clips), found.shape[1])
-        pooled[data.train + shared] = found
-        save(folder / "embeddings.pt", {"pooled": pooled, "shared": shared, "info": info,
-                                        "scores": scores[len(data.train):] if known else None})
+    folder = agree(folder)
+    if not agree((folder / "embeddings.pt").exists()):
+        with locked(folder, console.say):                               # a run that shares the cache may be making it
+            if not agree((folder / "embeddings.pt").exists()):
+                save(folder / "embeddings.pt", embed_teacher(job, folder, network, reason))
     return torch.load(folder / "embeddings.pt", weights_only=True, mmap=True)
 
 def embed_clips(job: Job, cache: Path) -> tuple[Tensor, dict[str, Any]]:
@@ -1902,6 +1913,22 @@ def save(path: Path, content: Any) -> None:
     if WORLD > 1:
         dist.barrier()
 
+@contextmanager
+def locked(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Makes the folder and holds it until the block or the process ends. If another run does: `say`s so and waits, or,
+    without, InputError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            if RANK == 0:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if say is None:
+                raise InputError(f"{folder} is being written by another run; wait for it or give another --out") from None
+            say(f"waits for another run, which is at work in {folder}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
 def agree(value: Any) -> Any:
     """Process 0's value in all of torchrun's."""
     box = [value]
@@ -1910,10 +1937,14 @@ def agree(value: Any) -> Any:
     return box[0]
 
 def equip(network: nn.Module, settings: dict[str, Any]) -> nn.Module:
-    """A network on the run's device, computing as --amp and --compile say; what it returns stays float32."""
+    """A network on the run's device, computing as --amp and --compile say; linear layers and results stay float32."""
     network = network.to(settings["device"])
     if settings["amp"] == "bf16":
-        forward = torch.autocast(torch.device(settings["device"]).type, torch.bfloat16)(network.forward)
+        kind = torch.device(settings["device"]).type
+        for layer in [layer for layer in network.modules() if isinstance(layer, nn.Linear)]:
+            whole = torch.autocast(kind, enabled=False)(layer.forward)  # scores of 8 bits tie, which costs mAP
+            layer.forward = lambda x, whole=whole: whole(x.float())  # type: ignore[method-assign, misc]
+        forward = torch.autocast(kind, torch.bfloat16)(network.forward)
         network.forward = lambda inputs: Features(*(part.float() for part in forward(inputs)))
     if settings["compile"]:
         network.compile()
@@ -2166,7 +2197,9 @@ def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, s
     clips = [clip for clip in clips if clip.split in parts]
     # Training clips need both streams whatever the method, so that all methods see the same; UCF51 has both everywhere
     both, alone = ["audio", "video"], [STUDENT_KIND[task]]
-    needs = {"train": alone if folder else both, "eval": both if layout == "ucf101" and not folder else alone}
+    no_teacher = "eval" in settings or settings.get("compare", settings.get("method")) == "student"
+    single = no_teacher and not any(clip.audio and clip.video for clip in clips if clip.split == "train")
+    needs = {"train": alone if folder or single else both, "eval": both if layout == "ucf101" and not folder else alone}
     lacking = {clip: "missing: no file with the other stream" for clip in clips
                if not all(getattr(clip, kind) for kind in needs[clip.split])}
     features = find_features(folder, clips) if folder else {}
@@ -2299,6 +2332,8 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     if settings["amp"] == "auto":
         half = settings["device"].startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         settings["amp"] = "bf16" if half else "none"
+    if settings["amp"] == "bf16" and settings["device"].startswith("cpu"):  # torch 2.11 to 2.14; two frames
+        raise InputError("--amp bf16 needs a GPU, on a CPU torch has wrong gradients of 3-D convolutions; leave it out")
     settings.setdefault("class_balanced", layout == "audioset" and settings["split"] != "balanced")
     if settings["mixup"] and settings["task"] != "audio_tagging":
         raise InputError(f"--mixup mixes tags, and --task {settings['task']} has one label a clip; leave it out")
@@ -2375,7 +2410,10 @@ def benchmark(job: Job, method: str) -> None:
     timed.register_forward_hook(lambda *_: marks.append(clock()))
     optimizer.register_step_pre_hook(lambda *_: marks.append(clock()))
     while len(rows) < 6 or clock() - begun < 5:                         # the first three compile and choose kernels
-        begun = clock() if len(rows) == 3 else begun
+        if len(rows) == 3:
+            begun = clock()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
         marks[:] = [clock()]
         step(timed, helper, optimizer)
         rows.append(np.diff([*marks, clock()]) * 1e3)
@@ -2407,13 +2445,7 @@ def run(given: dict[str, Any]) -> None:
     near = [folder / "cache" for folder in Path(checkpoint).absolute().parents[:2]] if checkpoint else []
     near.append(Path(saved.get("settings", {}).get("cache", out / "cache")))
     cache = Path(settings.get("cache", next((folder for folder in near if folder.exists()), out / "cache")))
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:                             # free again when the process ends
-        try:
-            if RANK == 0:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out} is being written by another run; wait for it, or give another --out") from None
+    with locked(out):
         if WORLD > 1:
             backend = "cpu:gloo,cuda:nccl" if settings["device"].startswith("cuda") else "gloo"
             dist.init_process_group(backend, timeout=timedelta(days=1))   # one process may decode much longer than others
@@ -2452,9 +2484,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         tell("\ninterrupted; training goes on from its last epoch with the same command and --resume")
         return stop.args[0] if stop.args else 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():                                           # not after an error: it would wait for the others
+        dist.destroy_process_group()
     return 0
 
 def terminate(*_: Any) -> NoReturn:
