@@ -1409,6 +1409,53 @@ def test_topk_and_retrieval_agree_with_loops():
     ours = xmkd.retrieval_metrics(q, g, ql, gl, ks=(1, 5), topk=5)
     assert ours["mAP"] == pytest.approx(np.mean(aps)) and ours["mAP_released"] == pytest.approx(np.mean(released))
     assert ours["R@1"] == pytest.approx(np.mean([r < 1 for r in ranks])) and ours["R@5"] == pytest.approx(np.mean([r < 5 for r in ranks]))
+    few = xmkd.retrieval_metrics(q[:4], g[:3], ql[:4], gl[:3])          # a query without a match is none with 50 of 3 either
+    assert few["R@5"] == few["R@50"] == 0.75
+
+
+def test_sound_and_picture_of_a_clip_may_be_two_files_in_every_layout(tmp_path):
+    def touch(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+    touch("train/a/1.mkv", "train/a/1.wav", "train/a/2.wav", "val/a/3.mp4")
+    clips, _ = xmkd.read_folder(tmp_path)
+    found = {c.id: [p and os.path.relpath(p, tmp_path) for p in (c.audio, c.video)] for c in clips}
+    assert len(clips) == 3 and found == {"train/a/1": ["train/a/1.wav", "train/a/1.mkv"], "train/a/2": ["train/a/2.wav", None], "val/a/3": ["val/a/3.mp4"] * 2}
+    touch("UCF-101/Archery/v_Archery_g01_c01.avi", "UCF-101/Archery/v_Archery_g02_c01.avi", "sound/v_Archery_g01_c01.wav", "lists")
+    (tmp_path / "ucfTrainTestlist").mkdir()
+    for name, text in (("classInd", "1 Archery"), ("trainlist01", "Archery/v_Archery_g01_c01.avi 1"), ("testlist01", "Archery/v_Archery_g02_c01.avi")):
+        (tmp_path / "ucfTrainTestlist" / f"{name}.txt").write_text(text)
+    one, two = xmkd.read_ucf101(tmp_path)[0]
+    assert (one.audio, one.video) == (f"{tmp_path}/sound/v_Archery_g01_c01.wav", f"{tmp_path}/UCF-101/Archery/v_Archery_g01_c01.avi") and two.audio == two.video
+    for mode, needs in (({}, ["audio", "video"]), ({"eval": "best.pt"}, ["video"])):        # who evaluates needs no sound
+        settings = {"data": str(tmp_path), "task": "action_recognition", "split": "balanced", "fold": 1, **mode}
+        assert xmkd.list_clips("ucf101", settings, [], xmkd.Console(quiet=True))[2]["eval"] == needs
+    touch("whole/vbbbbbbbbb0.mp4", "train/x", "test/y")
+    (tmp_path / "vggsound.csv").write_text("vbbbbbbbbb0,30,dog,train\n")
+    clip, = xmkd.read_vggsound(tmp_path)[0]
+    assert clip.video.endswith("whole/vbbbbbbbbb0.mp4") and (clip.start, clip.end) == (30, 40)
+
+
+def test_vggsound_beside_folders_of_its_splits_is_no_folder_of_folders(tmp_path):
+    for name in ("train", "test", "val"):
+        (tmp_path / name).mkdir()
+    assert xmkd.find_layout(str(tmp_path)) == "folder"
+    (tmp_path / "val").rmdir()
+    for name in ("train.csv", "test.csv"):
+        (tmp_path / name).touch()
+    assert xmkd.find_layout(str(tmp_path)) == "vggsound"
+
+
+def test_a_stream_without_times_is_counted_by_its_rate(tmp_path):
+    video = xmkd.decode_video(encode(tmp_path / "a.h264", seconds=4.0, fps=25, audio=False), fps=5)
+    assert len(video) == 20 and (video[1:].float().mean((1, 2, 3)) >= video[:-1].float().mean((1, 2, 3))).all()
+
+
+def test_an_id_that_a_spreadsheet_has_spoilt_is_named(tmp_path):
+    (tmp_path / "a_segments.csv").write_text("# comment\n#NAME?, 0.000, 10.000, \"/m/a\"\n")
+    with pytest.raises(xmkd.InputError, match="a_segments.csv:2: expected .*got '#NAME"):
+        list(xmkd.read_segments(str(tmp_path / "a_segments.csv"), "train", {"/m/a": 0}))
 
 
 # ------------------------------------------------------------------------------------------------ 8.-11. the whole program
@@ -1793,6 +1840,36 @@ def test_torchrun_trains_evaluates_each_clip_once_and_one_process_goes_on(tmp_pa
     assert refused.returncode and "] error: --batch-size 7 is not a multiple of the 2 processes" in refused.stderr
     evaluated = torchrun(HERE / "xmkd.py", "--eval", tmp_path / "run" / "best.pt", "--out", tmp_path / "eval", "--cache", tmp_path / "cache", "--workers", "0", processes=3)
     assert evaluated.returncode == 0 and json.loads((tmp_path / "eval" / "results.json").read_text())["metrics"] == pytest.approx(again, abs=1e-6)
+
+
+def test_a_run_goes_on_with_its_own_teacher_only_and_its_checkpoint_stands_alone(tmp_path, media, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in media.rglob("*.mp4"):
+        file = tmp_path / "features" / path.relative_to(media).with_suffix(".npy")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.save(file, np.random.default_rng(len(file.name)).random(20))
+    common = [*TINY, "--task", "action_recognition", "--data", str(media), "--out", "run", "--cache", "cache"]
+    assert xmkd.main([*common, "--teacher-features", "features"]) == 0
+    assert xmkd.main([*common, "--epochs", "3", "--resume"]) == 2 and "--resume: teacher_features was 'features'" in capsys.readouterr().err
+    for path in (tmp_path / "features").rglob("*.npy"):
+        np.save(path, np.load(path) + 1)
+    assert xmkd.main([*common, "--epochs", "3", "--resume", "--teacher-features", "features"]) == 2 and "other teacher embeddings" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "features")
+    assert xmkd.main(["--predict", str(media / "val"), "--checkpoint", "run/best.pt", "--workers", "0"]) == 0
+    assert xmkd.main(["--eval", "run/best.pt", "--workers", "0", "--quiet"]) == 0
+    assert json.loads((tmp_path / "runs" / f"action_recognition-{media.name}-eval-xmkd-s3" / "results.json").read_text())["method"] == "xmkd"
+
+
+def test_a_scratch_teacher_can_be_evaluated_and_a_new_run_leaves_nothing_of_the_old(tmp_path, media, capsys):
+    common = [*TINY, "--epochs", "1", "--task", "action_recognition", "--data", str(media), "--teacher", "scratch", "--out", str(tmp_path), "--cache", str(tmp_path / "cache")]
+    assert xmkd.main(common) == 0
+    teacher, = tmp_path.glob("cache/teacher-*/best.pt")
+    assert xmkd.main(["--eval", str(teacher), "--data", str(media), "--out", str(tmp_path / "eval"), "--workers", "0", "--quiet"]) == 0
+    assert xmkd.main(["--eval", str(teacher), "--task", "action_recognition"]) == 2 and "is a checkpoint of --task audio_tagging" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xmkd, "train_epoch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert xmkd.main([*common, "--csc-offset", "0.1"]) == 130
+    assert not [name for name in ("best.pt", "last.pt", "results.json") if (tmp_path / name).exists()]
 
 
 def test_two_runs_that_share_a_cache_make_one_teacher(tmp_path, media, monkeypatch):

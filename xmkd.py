@@ -525,7 +525,9 @@ def timed_frames(streams: list[Any], start: float, end: float | None, fps: float
             container.seek(int((max(start - 0.5, 0.0) + origin) * av.time_base))
     def decode(stream: Any, packets: Iterator[Any]) -> Iterator[tuple[float, Any]]:
         mp4 = stream.codec_context.name == "h264" and "mp4" in container.format.name            # whose times are exact
-        rate = stream.average_rate if mp4 and stream.average_rate == stream.base_rate else None
+        rate, following = stream.average_rate if mp4 and stream.average_rate == stream.base_rate else None, 0.0
+        period: Any = lambda frame: (frame.samples / frame.sample_rate if stream.type == "audio" else
+                                     1 / float(stream.average_rate or 25))
         for packet in (packet for packet in packets if packet.stream is stream):
             if rate and packet.pts is not None and fps < math.inf:              # saves about a tenth of the time
                 at, half = float(packet.pts * packet.time_base) - origin - start, 0.5 / float(rate)
@@ -536,7 +538,8 @@ def timed_frames(streams: list[Any], start: float, end: float | None, fps: float
             except av.error.FFmpegError:
                 continue
             for frame in frames:
-                seconds = float(frame.time or 0.0) - origin
+                seconds = following if frame.time is None else float(frame.time) - origin       # raw H.264 has no times
+                following = seconds + period(frame)
                 yield seconds, frame
                 if end is not None and seconds >= end:                          # tells how long the one before is shown
                     return
@@ -730,7 +733,7 @@ def read_segments(table: str, split: str, index_of: dict[str, int]) -> Iterator[
     labels_of: dict[str, tuple[int, ...]] = {}                          # few of two million rows have others' labels
     with open(table, encoding="utf-8-sig", errors="replace") as file:
         for n, line in enumerate(file, 1):                              # quotes say nothing here, and csv takes longer
-            if line[0] == "#" or not line.strip('", \n'):
+            if (line[0] == "#" and not line.startswith("#NAME")) or not line.strip('", \n'):
                 continue
             try:
                 ytid, begin, stop, mids = line.replace('"', "").split(",", 3)
@@ -803,8 +806,7 @@ def read_ucf101(root: str | Path, fold: int = 1,
                 rows.append((stem.lower(), f"the {part} list", Clip(stem, (index_of[folder],), part)))
             else:
                 skipped.append((entry, "its class is not among the 51 that have sound, or not in classInd.txt"))
-    stems = lambda name: [] if is_sound_only(name) else [Path(name).stem.lower()]
-    return match_files(rows, stems, folders.get("ucf-101", Path(root)), skipped), classes
+    return match_files(rows, lambda name: [Path(name).stem.lower()], root, skipped), classes
 
 def annotation_file(root: str | Path) -> str | None:
     """The JSON that `read_annotations` reads: annotation.json, which tells the class order, else the highest version."""
@@ -866,8 +868,11 @@ def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None
     classes = sorted({*label_of.values()})
     clips = ((key, place, Clip(key, (classes.index(label_of[key]),), part, None, None, start, start + 10))
              for key, place, part, start in rows)
+    whole = {ytid_start[:11]: ytid_start for ytid_start, *_ in rows}
     def keys(name: str) -> Iterator[str]:
         for n in (name, name.removeprefix("v")):
+            if n[11:12] == ".":
+                yield whole.get(n[:11], "")
             start, end, *_ = f"{n[12:].split('.')[0]}__".split("_")
             if start.isdecimal() and end.isdecimal() and int(end) - int(start) >= 1000:         # audiosetdl: milliseconds
                 start = str(int(start) // 1000)
@@ -876,18 +881,21 @@ def read_vggsound(root: str | Path, skipped: list[tuple[str, str]] | None = None
 
 def read_folder(root: str | Path, skipped: list[tuple[str, str]] | None = None) -> tuple[list[Clip], list[str]]:
     """A folder of folders: `train/<label>/*` and `val/<label>/*`, one label a clip -> clips and sorted class names."""
-    paths = {os.path.relpath(path, root): path for part in ("train", "val") for path in walk_media(Path(root) / part)}
-    classes = sorted({name.split("/")[1] for name in paths if name.count("/") > 1})
+    files: dict[str, list[str]] = {}                                    # sound and picture may be two
+    for path in (path for part in ("train", "val") for path in walk_media(Path(root) / part)):
+        files.setdefault(os.path.splitext(os.path.relpath(path, root))[0], []).append(path)
+    classes = sorted({name.split("/")[1] for name in files if name.count("/") > 1})
     if not classes:
         raise InputError(f"no media file under {root}/train/<label>/ or {root}/val/<label>/")
     clips = []
-    for name, path in paths.items():
+    for name, paths in files.items():
         folder, label, *rest = name.split("/")
         if rest:
-            part, video = "train" if folder == "train" else "eval", None if is_sound_only(path) else path
-            clips.append(Clip(os.path.splitext(name)[0], (classes.index(label),), part, path, video))
+            part, video = "train" if folder == "train" else "eval", next((p for p in paths if not is_sound_only(p)), None)
+            audio = next(filter(is_sound_only, paths), video)
+            clips.append(Clip(name, (classes.index(label),), part, audio, video))
         elif skipped is not None:
-            skipped.append((path, f"lies in {folder}/ itself; expected {folder}/<label>/"))
+            skipped.append((paths[0], f"lies in {folder}/ itself; expected {folder}/<label>/"))
     return clips, classes
 
 def load_streams(clip: Clip, kinds: Sequence[str], fps: float = 4.0, size: tuple[int, int] | int = 128,
@@ -1281,7 +1289,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor, ga
             count = np.arange(len(own), 0, -1)                                              # of hits so far
             ranks = at_least(np.sort(similarity), own) - at_least(own, own) + count         # of equal ones, misses first
             precision = count / ranks
-            first_hits.append(ranks.min(initial=len(known) + 1))
+            first_hits.append(ranks.min() if len(own) else math.inf)
             precisions.append(precision.mean() if len(own) else 0.0)
             released += [precision[ranks <= topk].mean()] if (ranks <= topk).any() else []
     return {**{f"R@{k}": float(np.mean(np.array(first_hits) <= k)) for k in ks}, "mAP": float(np.mean(precisions)),
@@ -1404,13 +1412,17 @@ def take_up(out: Path, about: dict[str, Any], own: bool) -> dict[str, Any]:
     if saved and own:
         fewer = settings["epochs"] < saved["settings"]["epochs"]        # more is harmless
         pairs = {key: (saved[key], about[key]) for key in ("method", "seed", "classes", "network")}
-        pairs |= {key: (saved["settings"].get(key), new) for key, new in settings.items()
+        pairs |= {key: (saved["settings"].get(key), settings.get(key))
+                  for key in [*(saved["settings"].keys() ^ settings.keys()), *settings]         # first what one has only
                   if key not in RUN_OPTIONS or (key == "epochs" and fewer)}
         for key, (old, new) in pairs.items():
             if old != new:
                 raise InputError(f"--resume: {key} was {old!r} in {last} and is {new!r} now; keep it or change --out")
-    if not saved:
-        last.unlink(missing_ok=True)                                    # an older run's must not be taken up later
+        now, then = about["teacher"], saved["teacher"]
+        if len(now) != len(then) or not np.allclose(now, then, rtol=1e-3):
+            raise InputError(f"--resume: {last} was trained with other teacher embeddings; give those or change --out")
+    for name in () if saved else ("last.pt", "best.pt", "results.json"):
+        (out / name).unlink(missing_ok=True)                            # an older run's must not be taken for this one's
     rows = log.read_text().splitlines(keepends=True) if saved and log.exists() else []
     save(log, "".join(row for row in rows if row.endswith("\n") and json.loads(row)["epoch"] <= saved["epoch"]))
     return saved
@@ -1655,7 +1667,7 @@ def predict_files(settings: dict[str, Any], saved: dict[str, Any]) -> None:
     files, gallery = listed(settings["predict"]), listed([settings["gallery"]] if "gallery" in settings else [])
     names = saved["classes"] or [f"class {k}" for k in range(saved["network"]["num_classes"])]
     with tempfile.TemporaryDirectory() as folder:
-        store = open_store("files", settings, Path(settings.get("cache", folder)),
+        store = open_store("files", settings, Path(folder if settings["no_cache"] else settings.get("cache", folder)),
                            [Clip(file, (0,), "eval", file, file) for file in files + gallery])
         job = Job(settings, Data(store, names, settings["task"] == "audio_tagging", [], []), view_spec(settings), console)
         network = restore(job, "checkpoint", saved)
@@ -2174,7 +2186,7 @@ def find_layout(root: str) -> str:
     segments = annotation and '"segment"' in Path(annotation).read_text(encoding="utf-8", errors="replace")
     signs = [("ucf101", "ucftraintestlist" in inside), ("audioset", "class_labels_indices.csv" in files),
              ("activitynet", segments), ("annotation", annotation), ("vggsound", "vggsound.csv" in files),
-             ("folder", {"train", "val"} & inside), ("vggsound", {"train.csv", "test.csv"} <= files)]
+             ("folder", "val" in inside), ("vggsound", {"train.csv", "test.csv"} <= files), ("folder", "train" in inside)]
     if found := next((layout for layout, sign in signs if sign), None):
         return found
     raise InputError(f"--data {root} has no known layout; looked for AudioSet (class_labels_indices.csv, *_segments.csv)"
@@ -2199,7 +2211,9 @@ def list_clips(layout: str, settings: dict[str, Any], skipped: list[tuple[str, s
     both, alone = ["audio", "video"], [STUDENT_KIND[task]]
     no_teacher = "eval" in settings or settings.get("compare", settings.get("method")) == "student"
     single = no_teacher and not any(clip.audio and clip.video for clip in clips if clip.split == "train")
-    needs = {"train": alone if folder or single else both, "eval": both if layout == "ucf101" and not folder else alone}
+    needs = {"train": alone if folder or single else both, "eval": alone}
+    if layout == "ucf101" and not folder and "eval" not in settings:
+        needs["eval"] = both
     lacking = {clip: "missing: no file with the other stream" for clip in clips
                if not all(getattr(clip, kind) for kind in needs[clip.split])}
     features = find_features(folder, clips) if folder else {}
@@ -2251,6 +2265,7 @@ def open_data(layout: str, settings: dict[str, Any], cache: Path, out: Path, con
     for i, reason in bad.items():
         path = next((path for path in (clips[i].video, clips[i].audio) if path and reason.startswith(f"{path}: ")), None)
         skipped.append((path or clips[i].audio or clips[i].id, reason.removeprefix(f"{path}: ")))
+    out.mkdir(exist_ok=True)
     report = out / "skipped.csv" if RANK == 0 else Path(os.devnull)
     with report.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         csv.writer(file).writerows([("path", "reason"), *skipped])
@@ -2303,13 +2318,15 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     """Checks the options given, fills in the others -> (layout or, to predict, "files"; methods; settings)."""
     check_modes(given, saved)
     inherited = {name: value for name, value in saved.get("settings", {}).items()
-                 if name not in (RUN_OPTIONS - {"seed"}) | {"amp"}}
+                 if name not in (RUN_OPTIONS - {"seed", "max_skipped"}) | {"amp"}}
     if saved:                                                           # a recognition student serves retrieval too
         tasks = [task for task, kind in STUDENT_KIND.items() if kind == saved["network"]["kind"]]
-        inherited["task"] = given.get("task", saved["task"] or tasks[0])
+        inherited["task"] = given.get("task", saved["task"] if saved["task"] in tasks else tasks[0])
         if inherited["task"] not in tasks:
             path = given.get("eval", given.get("checkpoint"))
             raise InputError(f"{path} is a checkpoint of --task {tasks[0]}, not of {given['task']}; leave --task out")
+        if "predict" in given or ("eval" in given and inherited["task"] != "video_retrieval"):
+            inherited.pop("teacher_features", None)                     # which these do not need
     layout = "files" if "predict" in given else find_layout(given.get("data", inherited.get("data", "demo")))
     settings = {**DEFAULTS, **RECIPES.get(layout, {}), **inherited, **given}
     if saved:
@@ -2438,9 +2455,10 @@ def run(given: dict[str, Any]) -> None:
         predict_files(settings, saved)
         return
     mode = next((mode for mode in MODES if settings.get(mode)), "train")
-    label = mode if mode != "train" else methods[0] if len(methods) == 1 else "compare"
+    label = f"eval-{saved['method']}" if mode == "eval" else mode if mode != "train" else (
+        methods[0] if len(methods) == 1 else "compare")
     source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
-    default = f"runs/{settings['task']}-{source}-{label}-s{settings['seed']}"
+    default = f"runs/{settings['task']}-{source}-{label}-s{saved.get('seed', settings['seed'])}"
     out = Path(settings.get("out", Path(checkpoint).parent if checkpoint and mode == "explain" else default))
     near = [folder / "cache" for folder in Path(checkpoint).absolute().parents[:2]] if checkpoint else []
     near.append(Path(saved.get("settings", {}).get("cache", out / "cache")))
@@ -2453,7 +2471,8 @@ def run(given: dict[str, Any]) -> None:
         torch.use_deterministic_algorithms(settings["deterministic"])
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")       # which that asks for
         console = Console(settings["quiet"])
-        data = open_data(layout, settings, cache, out, console)         # before the next line: it fits `seconds`
+        report = out / "explain" if mode == "explain" else out
+        data = open_data(layout, settings, cache, report, console)      # before the next line: it fits `seconds`
         job = Job(settings, data, view_spec(settings), console)
         if mode == "benchmark":
             benchmark(job, methods[-1])
