@@ -1854,6 +1854,7 @@ def test_a_run_goes_on_with_its_own_teacher_only_and_its_checkpoint_stands_alone
     for path in (tmp_path / "features").rglob("*.npy"):
         np.save(path, np.load(path) + 1)
     assert xmkd.main([*common, "--epochs", "3", "--resume", "--teacher-features", "features"]) == 2 and "other teacher embeddings" in capsys.readouterr().err
+    assert xmkd.main([*common, "--seeds", "2", "--resume", "--teacher-features", "features"]) == 2 and "run holds a single run" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "features")
     assert xmkd.main(["--predict", str(media / "val"), "--checkpoint", "run/best.pt", "--workers", "0"]) == 0
     assert xmkd.main(["--eval", "run/best.pt", "--workers", "0", "--quiet"]) == 0

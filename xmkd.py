@@ -2386,17 +2386,20 @@ def evaluate(job: Job, saved: dict[str, Any], out: Path) -> None:
 def compare(job: Job, methods: list[str], cache: Path, out: Path) -> None:
     """Trains and evaluates a student by each method and seed, all with the same teacher; the table."""
     (settings, data, _, console), begun = job, time.time()
+    single = len(methods) == settings["seeds"] == 1
+    if settings["resume"] and not single and (out / "last.pt").exists():
+        raise InputError(f"--resume: {out} holds a single run, of one method and seed; resume that or change --out")
     shown = [name for name in settings if name == "epochs" or name not in RUN_OPTIONS | {"task", "data"}]
     console.say("recipe  " + ", ".join(f"{name} {settings[name]}" for name in shown))
     teacher, info = embed_clips(job, cache) if methods != ["student"] else (None, {"kind": "none"})
     rows: dict[str, list[Any]] = {"teacher": [info["metrics"]]} if info.get("metrics") else {}
     for seed in range(settings["seed"], settings["seed"] + settings["seeds"]):
         for method in methods:
-            folder = out if len(methods) == settings["seeds"] == 1 else out / f"{method}-s{seed}"
+            folder = out if single else out / f"{method}-s{seed}"
             results = {**train_student(job, method, seed, teacher, folder), "teacher": info, "warnings": console.warnings}
             save(folder / "results.json", results)
             rows.setdefault(method, []).append(results["metrics"])
-    if folder != out:
+    if not single:
         mean = {name: statistics.mean(run[name] for run in rows[methods[-1]]) for name in results["metrics"]}
         save(out / "results.json", {**results, "seed": settings["seed"], "seeds": settings["seeds"], "metrics": mean,
                                     "table": rows, "seconds": round(time.time() - begun, 1)})
