@@ -1932,8 +1932,8 @@ def save(path: Path, content: Any) -> None:
 
 @contextmanager
 def locked(folder: Path, say: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Makes the folder and holds it until the block or the process ends. If another run does: `say`s so and waits, or,
-    without, InputError."""
+    """Makes the folder and holds it until the block or the process ends. If another run holds it: tells `say` and waits;
+    without `say` InputError."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as lock:
         try:
@@ -2354,8 +2354,8 @@ def settle(given: dict[str, Any], saved: dict[str, Any]) -> tuple[str, list[str]
     if settings["amp"] == "auto":
         half = settings["device"].startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         settings["amp"] = "bf16" if half else "none"
-    if settings["amp"] == "bf16" and settings["device"].startswith("cpu"):  # torch 2.11 to 2.14; two frames
-        raise InputError("--amp bf16 needs a GPU, on a CPU torch has wrong gradients of 3-D convolutions; leave it out")
+    if settings["amp"] == "bf16" and settings["device"].startswith("cpu"):  # seen with (3, 1, 1) over 2 frames
+        raise InputError("--amp bf16 needs a GPU: on a CPU torch's gradients of 3-D convolutions are wrong; leave it out")
     settings.setdefault("class_balanced", layout == "audioset" and settings["split"] != "balanced")
     if settings["mixup"] and settings["task"] != "audio_tagging":
         raise InputError(f"--mixup mixes tags, and --task {settings['task']} has one label a clip; leave it out")
@@ -2463,8 +2463,8 @@ def run(given: dict[str, Any]) -> None:
         predict_files(settings, saved)
         return
     mode = next((mode for mode in MODES if settings.get(mode)), "train")
-    label = f"eval-{saved['method']}" if mode == "eval" else mode if mode != "train" else (
-        methods[0] if len(methods) == 1 else "compare")
+    trained = methods[0] if len(methods) == 1 else "compare"
+    label = {"train": trained, "eval": f"eval-{saved.get('method')}"}.get(mode, mode)
     source = "demo" if layout == "demo" else Path(settings["data"]).resolve().name
     default = f"runs/{settings['task']}-{source}-{label}-s{saved.get('seed', settings['seed'])}"
     out = Path(settings.get("out", Path(checkpoint).parent if checkpoint and mode == "explain" else default))
