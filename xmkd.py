@@ -1813,9 +1813,8 @@ def save(path: Path, content: object) -> None:
             part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch.save makes a RuntimeError of a full disk
-        raise InputError(f"{path} cannot be written; is the disk full? ({error})") from error
-    finally:
         part.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written; is the disk full? ({error})") from error
 
 def network_arguments(state: dict[str, Tensor]) -> dict:
     """Reads the arguments of `make_network` off a state dict of VideoNet or AudioNet."""
@@ -1871,12 +1870,9 @@ def load_checkpoint(path: str | Path) -> dict:
                          f"{str(error).splitlines()[0]}") from error
 
 def restore(saved: dict, device: str) -> nn.Module:
-    """Builds the network of a loaded checkpoint. Raises InputError if the weights do not fit it."""
+    """Builds the network of a loaded checkpoint."""
     network = make_network(**saved["network"])
-    try:
-        network.load_state_dict(saved["student"])
-    except RuntimeError as error:
-        raise InputError(f"the checkpoint's weights do not fit: {error}") from error
+    network.load_state_dict(saved["student"])
     return network.to(device)
 
 # -------------------- 10. Training and evaluation --------------------
@@ -2001,9 +1997,9 @@ def train_epoch(args, loader: DataLoader, student: nn.Module, noise_filter: nn.M
                              f"{int(loader.dataset.epoch)}: {dict(zip(terms, row))}; lower --lr; "
                              f"the clips are {ids}")
     speed = len(steps) * len(clips[0]) * process()[1] / (time.time() - begun)
-    memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if torch.cuda.is_available():
-        memory = torch.cuda.max_memory_allocated()
+    memory = torch.cuda.max_memory_allocated()              # 0 without a GPU
+    if memory == 0:
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     figures = diagnose(student, noise_filter, prepare.eval()(windows), teacher)
     return {**dict(zip(terms, values.mean(0).tolist())), **figures,
             "clips_per_second": speed, "memory_gb": memory / 1e9}
@@ -2127,7 +2123,7 @@ def open_teacher(args) -> nn.Module | None:
     Raises InputError if a checkpoint is of the student's modality.
     """
     kind = teacher_kind(args)
-    if os.path.isfile(args.teacher):
+    if os.path.isfile(args.teacher) and Path(args.teacher).name != "teacher.pt":
         saved = load_checkpoint(args.teacher)
         if saved["network"]["kind"] != kind:
             raise InputError(f"--teacher {args.teacher} takes {saved['network']['kind']}; --task "
@@ -2192,6 +2188,9 @@ def given_teacher(args, clips: list[Clip], out: Path) -> tuple[dict[str, Tensor]
     They come from a folder, from another run's teacher.pt or, resumed, from this run's.
     """
     path, resumed = Path(args.teacher), args.resume and (out / "teacher.pt").exists()
+    released = find_layout(args.data) in ("release", "activitynet")
+    if released and args.teacher == "auto" and any(Path(args.data).rglob("*.npy")):
+        path = Path(args.data)                      # the authors publish them with their lists
     if path.is_dir():
         return read_features(path, clips), f"embeddings in {path}", {}
     if resumed:
@@ -2441,6 +2440,7 @@ def check_options(args, saved: dict) -> None:
     methods, world = args.method.split(","), process()[1]
     unknown = [name for name in methods if name not in METHODS or methods.count(name) > 1]
     kind = saved["network"]["kind"] if args.checkpoint else STUDENT_KIND[args.task]
+    is_teacher = args.teacher in ("auto", "scratch") or os.path.exists(args.teacher)
     problems = [
         (unknown, f"--method {args.method}: choose from {', '.join(METHODS)}, each once, or all"),
         (args.predict and not args.checkpoint, "--predict needs --checkpoint"),
@@ -2448,7 +2448,7 @@ def check_options(args, saved: dict) -> None:
         (args.predict and world > 1, "--predict is for one process; start it without torchrun"),
         (not args.predict and kind != STUDENT_KIND[args.task],
          f"--checkpoint {args.checkpoint} takes {kind}, which --task {args.task} does not give it"),
-        (args.teacher not in ("auto", "scratch") and not os.path.exists(args.teacher),
+        (not is_teacher and not args.checkpoint,
          f"--teacher {args.teacher} is not auto, scratch, a file or a folder"),
         (args.amp and args.device == "cpu",
          "--amp is for GPUs: torch's bfloat16 gradients of 3-d convolutions are wrong on a CPU"),
@@ -2457,8 +2457,8 @@ def check_options(args, saved: dict) -> None:
     for is_wrong, message in problems:
         if is_wrong:
             raise InputError(message)
-    if os.path.isfile(args.teacher) and Path(args.teacher).name != "teacher.pt":
-        load_checkpoint(args.teacher)                       # refused before hours of decoding
+    if os.path.isfile(args.teacher) and not args.checkpoint:
+        open_teacher(args)                                  # refused before hours of decoding
 
 def make_views(args, kind: str) -> Views:
     """Returns the windows of "audio" or "video" that the options ask for."""
