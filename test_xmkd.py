@@ -1056,7 +1056,7 @@ def test_predict_prints_classes_or_the_nearest_clips_and_names_bad_files(tmp_pat
     (["--method", "csc,csc"], "each once"),
     (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     (["--predict", "a.mp4"], "--predict needs --checkpoint"),
-    (["--checkpoint", "a.pt"], "a.pt is no usable checkpoint"),
+    (["--checkpoint", "a.pt"], "a.pt is not a usable checkpoint"),
     (["--teacher", "nowhere"], "--teacher nowhere is not"),
     (["--amp", "--device", "cpu"], "--amp is for GPUs")])
 def test_bad_options_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options, message):

@@ -7,10 +7,10 @@ Paper: Xia, Li, Deng, Xiong, Dou, Hu, 2023, https://arxiv.org/abs/2304.07775
     python xmkd.py --task audio_tagging --data ./audioset     # the real thing
     torchrun --nproc_per_node 8 xmkd.py --task action_recognition --data ./ucf101
 
-A frozen teacher of one modality (say sound) trains a student of the other (say video). The sound
-of a clip may contain noise, and clips differ in how well sound and picture agree. So the Modality
-Noise Filter (MNF) first cleans the teacher, and Contrastive Semantic Calibration (CSC) then weighs
-every pair of clips by how well the two modalities agree.
+@@MEASURED@@
+A frozen teacher of one modality (say sound) trains a student of the other (say video). Sound may
+be noisy, and clips differ in how well sound and picture agree. So the Modality Noise Filter (MNF)
+cleans the teacher, and Contrastive Semantic Calibration (CSC) weighs pairs of clips by agreement.
 
 One training step, numbered as in `train_step`; t is the teacher's embedding of a clip, y its label:
     1. student   map S, embedding p, logits = student(view)
@@ -22,8 +22,7 @@ One training step, numbered as in `train_step`; t is the teacher's embedding of 
     6. Adam      the student at rate `lr`, the filter at 0.2 * `lr`
 
 Sections: 1 Method, 2 Compared methods, 3 Networks, 4 Media, 5 Data sets, 6 Demo, 7 Cache and views,
-          8 Metrics, 9 Checkpoints, 10 Training and evaluation, 11 Teacher, 12 Prediction on files,
-          13 Arguments and main.
+          8 Metrics, 9 Checkpoints, 10 Training, 11 Teacher, 12 Prediction, 13 Arguments and main.
 Letters:  B clips in a batch, K positions of a map, D features, C classes, T frames, N clips.
 """
 from __future__ import annotations
@@ -60,7 +59,7 @@ from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
 from torchvision.transforms import v2
 
 class InputError(ValueError):
-    """Reports bad input that its owner can fix. `main` prints it as one line and exits with 2."""
+    """Reports bad input that the user can fix. `main` prints it as one line and exits with 2."""
 
 # -------------------- 1. Method: noise filter, losses and the training step --------------------
 def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
@@ -70,26 +69,22 @@ def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
 def label_overlap(labels: Tensor) -> Tensor:
     """Returns how much two clips share their labels: (B, B), values in 0..1, diagonal 1.
 
-    Class indices (B,) count as shared where they are equal, as in the authors' code. Multi-hot tags
-    (B, C) give the Jaccard index of the two sets of tags, which is our extension.
+    Class indices (B,) are shared if they are equal, as in the authors' code. For multi-hot tags
+    (B, C), it is the Jaccard index of the two sets, which is ours.
     """
     if labels.ndim == 1:
-        return (labels[:, None] == labels[None, :]).float()
+        return (labels[:, None] == labels).float()
     tags = labels.to(torch.promote_types(labels.dtype, torch.float32))
     shared = tags @ tags.T                                  # (B, B) number of common tags
     count = tags.sum(1)
-    union = count[:, None] + count[None, :] - shared
+    union = count[:, None] + count - shared
     return torch.where(union > 0, shared / union.clamp_min(1), 1.0)
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the cross-entropy of logits (B, C), in nats, as a mean over clips.
-
-    Labels are class indices (B,) or multi-hot tags (B, C). The binary losses of a clip's tags are
-    summed, which is ours: their mean would shrink as C grows, until CSC drowned it.
-    """
+    """Returns the mean cross-entropy, in nats, of logits (B, C); classes are (B,), tags (B, C)."""
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
-    tags = labels.to(logits.dtype)
+    tags = labels.to(logits.dtype)      # summed: a mean over C tags would be drowned by CSC (ours)
     return F.binary_cross_entropy_with_logits(logits, tags, reduction="sum") / len(logits)
 
 def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tensor,
@@ -120,10 +115,7 @@ def sparsity_loss(weight: Tensor) -> Tensor:
     return weight.abs().sum(1).mean()
 
 def triplet_loss(student: Tensor, teacher: Tensor, purified: Tensor, margin: float = 0.2) -> Tensor:
-    """Penalises a purified teacher that is not nearer to the student than the raw one by `margin`.
-
-    All three are (B, D), and nearness is the cosine. Returns the mean over the batch.
-    """
+    """Penalises cos(student, purified) below cos(student, teacher) + margin; all are (B, D)."""
     raw = F.cosine_similarity(student, teacher)
     clean = F.cosine_similarity(student, purified)
     return F.relu(raw - clean + margin).mean()
@@ -166,10 +158,7 @@ class ModalityNoiseFilter(nn.Module):
         return Filtered(purified, evidence, logits, gate, attention[:, 0])
 
 def gather(part: Tensor) -> Tensor:
-    """Joins the parts of a batch that torchrun's processes hold, because CSC contrasts all clips.
-
-    Only the process's own part carries a gradient; `sum_gradients` adds up what each finds.
-    """
+    """Joins torchrun's parts of a batch, since CSC contrasts all clips; only ours has gradients."""
     if not dist.is_initialized():
         return part
     part = part.contiguous()
@@ -200,16 +189,14 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
     amp           runs the student in bfloat16; everything else stays in float32
     Under torchrun, each process passes its part of the batch and gets the terms of the whole batch.
     """
-    student.train()
+    optimizer.zero_grad()
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
-        features = student(inputs)                                              # 1. student
-    if amp:
-        features = Features(*[part.float() for part in features])
-    features = Features(*[gather(part) for part in features])
+        features = student.train()(inputs)                                      # 1. student
+    features = Features(*[gather(part.to(inputs.dtype)) for part in features])
     labels = gather(labels)
     if teacher is not None:
         teacher = gather(teacher)
-    student_terms = {"cls": classification_loss(features.logits, labels)}
+    terms = {"cls": classification_loss(features.logits, labels)}
     filter_terms = {}
 
     if isinstance(noise_filter, ModalityNoiseFilter):
@@ -223,41 +210,33 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
             "filter_cls": classification_loss(filtered.logits, labels),
             "sparsity": sparsity * sparsity_loss(w2),       # without W1, as in the released code
             "triplet": triplet_loss(features.pooled, raw, filtered.teacher, margin)}
-        student_terms["csc"] = csc_loss(                                        # 5. L_student
-            features.pooled, filtered.evidence, similarity, labels, offset)
+        only = list(noise_filter.parameters())          # the student learns nothing from this loss
+        torch.stack(list(filter_terms.values())).sum().backward(inputs=only, retain_graph=True)
+        terms["csc"] = csc_loss(features.pooled, filtered.evidence, similarity, labels, offset)
     elif noise_filter is not None:
-        student_terms["distill"] = noise_filter.train()(features, teacher, labels)
+        terms["distill"] = noise_filter.train()(features, teacher, labels)
 
-    optimizer.zero_grad()
-    if noise_filter is not None and filter_terms:
-        filter_loss = torch.stack(list(filter_terms.values())).sum()
-        only = list(noise_filter.parameters())      # the student learns nothing from this loss
-        filter_loss.backward(inputs=only, retain_graph=True)
-    torch.stack(list(student_terms.values())).sum().backward()
-    sum_gradients(student)                          # each process has those of its own clips,
+    torch.stack(list(terms.values())).sum().backward()                          # 5. L_student
+    sum_gradients(student)                          # a process holds those of its own clips,
     if noise_filter is not None:
-        sum_gradients(noise_filter, average=True)   # but those of the filter from all clips
+        sum_gradients(noise_filter, average=True)   # but the filter's cover all clips
     optimizer.step()                                                            # 6. Adam
-    return {name: term.detach() for name, term in (student_terms | filter_terms).items()}
+    return {name: term.detach() for name, term in (terms | filter_terms).items()}
 
 @torch.no_grad()
 def diagnose(student: nn.Module, noise_filter: nn.Module | None, inputs: Tensor,
              teacher: Tensor | None) -> dict[str, float]:
-    """Returns what shows whether training is stuck, measured on one batch in evaluation mode.
-
-    cosine   mean cosine between the embeddings of different clips; near 1, all clips look the same
-    gate     mean of the noise filter's gate; at 1, the whole teacher passes
-    entropy  entropy of its attention, divided by log K; at 1, it looks everywhere alike
-    """
+    """Returns figures that show, on one batch in evaluation mode, whether training is stuck."""
     features = student.eval()(inputs)
     cosines = cosine_matrix(features.pooled, features.pooled).fill_diagonal_(0)
-    number_of_pairs = len(inputs) * (len(inputs) - 1)
-    figures = {"cosine": cosines.sum().item() / max(1, number_of_pairs)}
+    pairs = max(1, len(inputs) * (len(inputs) - 1))
+    figures = {"cosine": cosines.sum().item() / pairs}      # near 1: all clips look the same
     if isinstance(noise_filter, ModalityNoiseFilter):
         filtered = noise_filter.eval()(teacher, features.map)
+        figures["gate"] = filtered.gate.mean().item()       # at 1, the whole teacher passes
         entropy = torch.special.entr(filtered.attention).sum(1).mean().item()
-        figures["gate"] = filtered.gate.mean().item()
-        figures["entropy"] = entropy / math.log(max(2, features.map.shape[1]))      # 0 if K is 1
+        most = math.log(max(2, features.map.shape[1]))      # log K
+        figures["entropy"] = entropy / most                 # at 1, all positions count equally
     return figures
 
 def make_optimizer(student: nn.Module, noise_filter: nn.Module | None, lr: float = 3e-4,
@@ -277,27 +256,22 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
 
 def kd_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor,
             temperature: float = 4.0) -> Tensor:
-    """Compares softened predictions, both (B, C) logits (Hinton et al. 2015, arXiv 1503.02531).
-
-    It returns the Kullback-Leibler divergence times temperature ** 2, as a mean over clips.
-    """
+    """Compares softened predictions, both (B, C) logits (Hinton et al. 2015, arXiv 1503.02531)."""
     student = log_probabilities(logits / temperature, labels)
     teacher = log_probabilities(teacher_logits / temperature, labels)
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return divergence * temperature ** 2
 
 def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
-    """Compares a hint with the teacher's features, both (B, D) (Romero et al. 2015, 1412.6550).
-
-    The squared error is divided by the features' variance (ours), so that scale does not matter.
-    """
-    return F.mse_loss(hint, teacher) / teacher.var().clamp_min(1e-12)
+    """Compares a hint with the teacher, both (B, D) (Romero et al. 2015, arXiv 1412.6550)."""
+    variance = teacher.var().clamp_min(1e-12)               # ours: scale does not matter
+    return F.mse_loss(hint, teacher) / variance
 
 def crd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     """Contrasts projections (B, 128) of student and teacher (Tian et al. 2020, arXiv 1910.10699).
 
-    Each clip's teacher must be told from those of the clips that share no label with it, and each
-    student likewise. The softmax over the batch is ours; the paper has a critic and a memory bank.
+    Each clip's teacher must be told apart from the teachers of clips that share no label with it,
+    and each student likewise. A softmax over the batch replaces the paper's critic and memory bank.
     """
     related = label_overlap(labels) > 0
     related.fill_diagonal_(False)                           # the clip's own pair is the positive
@@ -312,13 +286,12 @@ def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Mo
     The composition (B, D), teacher + compose([teacher ; student]), is classified by `classify`. Its
     predictions and the student's are pulled together, and all three embeddings are contrasted.
     """
-    def composition(student: Tensor) -> Tensor:
-        pair = torch.cat([F.normalize(teacher, dim=1), F.normalize(student, dim=1)], dim=1)
-        return teacher + compose(pair)
-
     student = features.pooled
-    joint = composition(student)
-    own = composition(student.detach())                     # its losses do not reach the student
+    compositions = []
+    for part in student, student.detach():
+        pair = torch.cat([F.normalize(teacher, dim=1), F.normalize(part, dim=1)], dim=1)
+        compositions.append(teacher + compose(pair))
+    joint, own = compositions                               # losses of `own` spare the student
     p = log_probabilities(features.logits, labels)
     q = log_probabilities(classify(joint), labels)
     loss = classification_loss(classify(own), labels)
@@ -347,8 +320,7 @@ class Distiller(nn.Module):
             "hint": nn.Linear(dim, teacher_dim),
             "compose": nn.Linear(2 * dim, dim),
             "classify": nn.Linear(dim, num_classes),
-            "probe": nn.Identity() if probe is None else probe,
-        }
+            "probe": probe or nn.Identity()}
         self.loss, names = self.methods[method]
         self.layers = nn.ModuleDict({name: layers[name] for name in names})
         self.offset = offset
@@ -380,15 +352,13 @@ class Distiller(nn.Module):
         "fitnet": (fitnet, ["hint"]),
         "crd": (crd, ["teacher_128", "student_128"]),
         "ccl": (ccl, ["adapter", "compose", "classify"]),
-        "csc": (csc, ["adapter"]),
-    }
+        "csc": (csc, ["adapter"])}
 
 def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int,
                  decay: float = 0.1) -> nn.Linear:
     """Fits a logistic regression from embeddings (N, D) to logits (N, C) and freezes it.
 
-    `decay` is relative to the variance of the embeddings. L-BFGS starts from zeros, so that no seed
-    matters.
+    `decay` is relative to the variance of the embeddings. No seed matters, as it starts from zeros.
     """
     probe = nn.Linear(embeddings.shape[1], num_classes).to(embeddings)
     nn.init.zeros_(probe.weight)
@@ -414,8 +384,7 @@ class Features(NamedTuple):
 
 class FactorisedConv3d(nn.Module):
     """Convolves in space, then in time, with about as many weights as one 3-d convolution."""
-    def __init__(self, c_in: int, c_out: int, kernel: Sequence[int],
-                 stride: Sequence[int] = (1, 1, 1)):
+    def __init__(self, c_in: int, c_out: int, kernel: tuple, stride: tuple = (1, 1, 1)):
         super().__init__()
         kt, kh, kw = kernel
         st, sh, sw = stride
@@ -452,16 +421,15 @@ def video_stage(c_in: int, c_out: int, count: int, downsample: bool) -> nn.Seque
     """Returns `count` blocks; the first one changes the width and perhaps the resolution."""
     others = nn.Sequential(*[VideoBlock(c_out, c_out) for _ in range(count - 1)])
     stage = nn.Sequential()
-    stage.add_module("block1", VideoBlock(c_in, c_out, downsample))
-    stage.add_module("blocks", others)
+    stage.block1 = VideoBlock(c_in, c_out, downsample)
+    stage.blocks = others
     return stage
 
 class VideoNet(nn.Module):
     """Maps frames (B, 3, T, H, W), normalised as for ImageNet, to Features: the authors' R(2+1)D.
 
-    `blocks` counts the blocks of each stage: (1, 1, 1, 1) is what the released scripts call depth
-    18, and (3, 4, 6, 3) is their 34. `width` is that of the first stage; D = 8 * width. A view of
-    16 x 112 x 112 gives K = 2 * 7 * 7. Stem, widths and shortcuts are not torchvision's.
+    Of `blocks`, (1, 1, 1, 1) is the released scripts' "depth 18" and (3, 4, 6, 3) their 34. A view
+    of 16 x 112 x 112 gives K = 2 * 7 * 7, D is 8 * width. Stem, widths and shortcuts are their own.
     """
     def __init__(self, num_classes: int, blocks: Sequence[int] = (1, 1, 1, 1), width: int = 64):
         super().__init__()
@@ -483,10 +451,7 @@ class VideoNet(nn.Module):
         return Features(features, pooled, logits)
 
 class LogMel(nn.Module):
-    """Turns sound (B, samples), 32 kHz, -1..1, into decibels (B, T, 64): PANNs' front end.
-
-    T = 1 + samples // 320. It stays in float32, since half precision overflows (PANNs issue 17).
-    """
+    """Turns sound (B, samples), 32 kHz, -1..1, into PANNs' decibels (B, 1 + samples // 320, 64)."""
     def __init__(self):
         super().__init__()
         self.mel = torchaudio.transforms.MelSpectrogram(
@@ -495,7 +460,7 @@ class LogMel(nn.Module):
         self.decibel = torchaudio.transforms.AmplitudeToDB("power")
 
     def forward(self, samples: Tensor) -> Tensor:
-        with torch.autocast(samples.device.type, enabled=False):
+        with torch.autocast(samples.device.type, enabled=False):    # half overflows: PANNs issue 17
             return self.decibel(self.mel(samples.float())).transpose(1, 2)
 
 class AudioBlock(nn.Module):
@@ -516,27 +481,26 @@ class AudioBlock(nn.Module):
 class AudioNet(nn.Module):
     """Maps decibels (B, T, 64) from `LogMel`, T at least 32, to Features: PANNs' CNN family.
 
-    stages=4 is Cnn10, our audio student; stages=6 with dim=512 is Cnn14_emb512. `dim` is the width
-    of the embedding; a student's must equal that of its map, width * 2 ** (stages - 1). dim=None
-    leaves out fc1: then max + mean over time is the embedding. PANNs' dropout is left out.
+    stages=4 is Cnn10, our audio student; stages=6 is Cnn14_emb512. `dim` is the embedding's width,
+    for a student that of its map, width * 2 ** (stages - 1). dim=None leaves out fc1: then max +
+    mean over time is the embedding. PANNs' dropout is left out.
     """
     def __init__(self, num_classes: int, width: int = 64, stages: int = 4, dim: int | None = 512):
         super().__init__()
         self.bn0 = nn.BatchNorm1d(64)                       # over the mel bins
         c_in = 1
-        c_out = width
         for i in range(1, stages + 1):
+            c_out = width * 2 ** (i - 1)
             self.add_module(f"conv_block{i}", AudioBlock(c_in, c_out, pool=2 if i < 6 else 1))
             c_in = c_out
-            c_out = 2 * c_out
-        self.stages = stages
         self.fc1 = nn.Linear(c_in, dim) if dim else nn.Identity()
         self.fc_audioset = nn.Linear(dim or c_in, num_classes)
 
     def forward(self, logmel: Tensor) -> Features:
         x = self.bn0(logmel.transpose(1, 2)).transpose(1, 2)[:, None]       # (B, 1, T, 64)
-        for i in range(1, self.stages + 1):
-            x = self.get_submodule(f"conv_block{i}")(x)     # in the end (B, D, T/16, 4) for Cnn10
+        for block in self.children():
+            if isinstance(block, AudioBlock):
+                x = block(x)                                # in the end (B, D, T/16, 4) for Cnn10
         profile = x.mean(3)                                 # (B, D, T/16)
         pooled = F.relu(self.fc1(profile.amax(2) + profile.mean(2)))        # (B, dim)
         with torch.autocast(logmel.device.type, enabled=False):     # logits of 8 bits would tie
@@ -544,7 +508,7 @@ class AudioNet(nn.Module):
         return Features(x.flatten(2).transpose(1, 2), pooled, logits)
 
 def make_network(kind: str, num_classes: int, width: int, **more) -> nn.Module:
-    """Returns a student, or a teacher from scratch, for "video" or "audio"; D = 8 * width.
+    """Returns a VideoNet or AudioNet for "video" or "audio", with D = 8 * width.
 
     `more` goes to its class. Channels-last memory makes a step 1.1 to 1.5 times as fast.
     """
@@ -556,9 +520,8 @@ def make_network(kind: str, num_classes: int, width: int, **more) -> nn.Module:
 class Prepare(nn.Module):
     """Turns raw views into a network's input, in float32 on the views' device.
 
-    Frames (B, T, 3, H, W) in uint8 become (B, 3, T, H, W), normalised as for ImageNet. Sound
-    (B, samples) in int16 becomes decibels (B, T, 64). In train mode, SpecAugment sets two stripes
-    of time and two of frequency, at most as wide as PANNs', to the mean of the batch.
+    Frames (B, T, 3, H, W) in uint8 become (B, 3, T, H, W), normalised as for ImageNet, and sound
+    (B, samples) in int16 decibels (B, T, 64), in train mode with SpecAugment's stripes in them.
     """
     def __init__(self):
         super().__init__()
@@ -572,7 +535,7 @@ class Prepare(nn.Module):
         logmel = self.logmel(views.float() / 32767)
         if not self.training:
             return logmel
-        mean = logmel.mean()
+        mean = logmel.mean()                                # fills two stripes of either axis
         logmel = logmel - mean
         wide = max(2, logmel.shape[1] * 64 // 1001)         # PANNs: 64 of 1001 frames, 8 of 64 bins
         for axis, width in (1, wide), (2, 8), (1, wide), (2, 8):
@@ -1350,21 +1313,15 @@ def stream_seconds(path: str, kind: str, enough: float) -> float:
 
 # -------------------- 6. Demo: generated shapes and calls as media files --------------------
 def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Tells which points belong to an event's shape; x, y: (H, W) in units of its radius.
-
-    event // 4 gives the outline: disc, triangle, square, star or peanut. event % 4 gives the
-    filling: full, hollow, striped or chequered. Event -1 belongs to no class and is a long bar.
-    """
+    """Tells which points (x, y), in units of its radius, belong to the shape of an event."""
     if event < 0:
-        return np.abs(y) < 0.15
+        return np.abs(y) < 0.15                             # a long bar
     angle = np.arctan2(y, x)
-    third = angle % (2 * np.pi / 3) - np.pi / 3             # angle from the middle of a side
-    quarter = angle % (np.pi / 2) - np.pi / 4
-    outlines = [np.ones_like(angle),
-                0.62 / np.cos(third),
-                0.78 / np.cos(quarter),
-                0.75 + 0.45 * np.cos(5 * angle),
-                0.75 + 0.5 * np.cos(2 * angle)]
+    outlines = [np.ones_like(angle),                                    # disc
+                0.62 / np.cos(angle % (2 * np.pi / 3) - np.pi / 3),     # triangle
+                0.78 / np.cos(angle % (np.pi / 2) - np.pi / 4),         # square
+                0.75 + 0.45 * np.cos(5 * angle),                        # star
+                0.75 + 0.5 * np.cos(2 * angle)]                         # peanut
     depth = np.hypot(x, y) / outlines[event // 4]           # 1 on the outline
     stripes = np.cos(8 * x)
     checks = np.cos(6 * x) * np.cos(6 * y)
@@ -1372,10 +1329,7 @@ def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (depth < 1) & fillings[event % 4]
 
 def demo_picture(events: dict[int, float], rng: np.random.Generator) -> np.ndarray:
-    """Draws events of the given contrasts into noise: (48, 48, 3) uint8.
-
-    Place, size, turn and colour are random, and whether an event is brighter than the ground.
-    """
+    """Draws the shapes of events, by their contrasts, into noise: (48, 48, 3) uint8."""
     rows, columns = np.mgrid[:48, :48]
     ground = rng.uniform(100, 156, 3)
     picture = rng.normal(ground, 8, (48, 48, 3))
@@ -1387,48 +1341,40 @@ def demo_picture(events: dict[int, float], rng: np.random.Generator) -> np.ndarr
         turn = rng.uniform(-0.4, 0.4)                       # radians
         x = right * np.cos(turn) + down * np.sin(turn)
         y = down * np.cos(turn) - right * np.sin(turn)
-        sign = rng.choice([-1, 1])
-        color = ground + 128 * sign * rng.uniform(0.4, 1, 3)
+        brighter = rng.choice([-1, 1])
+        color = ground + 128 * brighter * rng.uniform(0.4, 1, 3)
         inside = demo_shape(event, x, y)
         picture[inside] += contrast * (color - picture[inside])
     return picture.clip(0, 255).astype(np.uint8)
 
 def demo_sound(events: dict[int, float], rng: np.random.Generator) -> np.ndarray:
-    """Plays events of given loudness as calls into one second of noise: (32000,) int16 at 32 kHz.
-
-    event // 4 gives the pitch, event % 4 the rhythm: 1, 2, 3 or 5 pulses a call. Event -1 belongs
-    to no class: it is a call far above or below their pitches. Beginning, length, timbre and exact
-    pitch are random; the highest sample is always the same.
-    """
+    """Plays the calls of events, by their loudness, into noise: one second, (32000,) int16."""
     seconds = np.arange(32000) / 32000
     sound = rng.standard_normal(32000)
     for event, loudness in events.items():
         pitch = 300 * 1.4 ** (event // 4)                   # 300 to 1152 Hz
         if event < 0:
-            pitch = rng.choice([110, 5000])
+            pitch = rng.choice([110, 5000])                 # far below or above the classes'
         pitch *= rng.uniform(0.95, 1.05)
         begin = rng.uniform(0, 0.35)
         length = rng.uniform(0.5, 0.65)
         passed = (seconds - begin) / length                 # 0 to 1 during the call
-        pulses = [1, 2, 3, 5][event % 4]
+        pulses = [1, 2, 3, 5][event % 4]                    # the rhythm
         envelope = loudness * np.abs(np.sin(np.pi * pulses * passed))
         envelope[(passed < 0) | (passed > 1)] = 0
         for overtone in 1, 2, 3:
             phase = rng.uniform(0, 2 * np.pi)
             wave = np.sin(2 * np.pi * overtone * pitch * seconds + phase)
             sound += rng.uniform(0.2, 1) * envelope * wave
-    sound *= 32767 / np.abs(sound).max()
+    sound *= 32767 / np.abs(sound).max()                    # the same peak in every clip
     return sound.astype(np.int16)
 
 def write_media(path: Path, sound: np.ndarray, picture: np.ndarray) -> None:
     """Writes one second of sound and one picture, both uncompressed, as an .avi file."""
     with av.open(str(path), "w") as container:
         audio = container.add_stream("pcm_s16le", rate=32000, layout="mono")
-        video = container.add_stream("rawvideo", rate=1)
-        video.height, video.width = picture.shape[:2]
-        video.pix_fmt = "bgr24"
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        container.mux(video.encode(frame))
+        video = container.add_stream("rawvideo", rate=1, width=48, height=48, pix_fmt="bgr24")
+        container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         block = av.AudioFrame.from_ndarray(sound[None], format="s16", layout="mono")
         block.sample_rate = 32000
         container.mux(audio.encode(block))
@@ -1443,15 +1389,13 @@ def demo_clip(first: int, student: str, tags: bool, noise: float, mismatch: floa
     if tags and rng.random() < 0.4:
         labelled.append(others.pop())
     contrast = rng.uniform(0.35, 0.8)
-    beside = others[:rng.integers(3)]
-    unclear = dict.fromkeys(beside, contrast / 2)
+    unclear = dict.fromkeys(others[:rng.integers(3)], contrast / 2)
     unclear.update(dict.fromkeys(labelled, contrast))       # drawn last, over the others
     shown = labelled
     if rng.random() < mismatch:
-        wrong = others[-len(labelled):]
-        shown = wrong if rng.random() < 0.5 else []
+        shown = others[-len(labelled):] if rng.random() < 0.5 else []
     if rng.random() < noise:
-        shown = shown + [-1]
+        shown = shown + [-1]                                # belongs to no class
     if student == "video":
         clear = dict.fromkeys(shown, rng.uniform(0.3, 0.9))
         return labelled, demo_sound(clear, rng), demo_picture(unclear, rng)
@@ -1464,14 +1408,13 @@ def write_demo(root: Path, student: str, tags: bool, noise: float, mismatch: flo
 
     There are 20 classes of events, five kinds in four patterns each. A picture shows an event as a
     shape (outline, filling), a sound plays it as a call (pitch, rhythm). Place, size, colour and
-    loudness say nothing. Both modalities have noise. A clip has one labelled event, with `tags`
-    two in four of ten clips. As many clips (within one) begin with each class.
-    student     "audio" or "video", the modality that is true but unclear: the labelled event is
-                faint, and up to two events of other classes, half as strong, are beside it.
+    loudness say nothing. Both modalities have noise. A clip has one labelled event, with `tags` two
+    in four of ten clips, and all classes are equally frequent.
+    student   "audio" or "video": this modality always shows the labelled event, but faintly, and
+              up to two events of other classes, half as strong, beside it.
     The other modality is the teacher's. It is clear, but faulty:
-    noise       share of all clips into which an event that belongs to no class is mixed.
-    mismatch    share of the training clips in which other events stand in the labelled ones'
-                place, or, equally often, none.
+    noise     share of all clips into which an event that belongs to no class is mixed.
+    mismatch  share of the training clips that show other events instead, or, as often, none.
     """
     rng = np.random.default_rng(seed)
     root.mkdir(parents=True)
@@ -1538,8 +1481,11 @@ def decode_clip(clip: Clip, views: Views, cache: Path) -> str:
     path = getattr(clip, views.kind)
     if path is None:
         raise InputError(f"missing: {clip.id} has no file with {views.kind}")
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: there is no such file")
     status = os.stat(path)
-    depends = [os.path.abspath(path), status.st_size, status.st_mtime_ns, clip[5:], views.kind]
+    depends = [os.path.abspath(path), status.st_size, status.st_mtime_ns]
+    depends += [clip.start, clip.end, clip.cut, views.kind]
     if views.kind == "video":
         depends += [views.fps, views.side]
     name = hashlib.sha1(repr(depends).encode()).hexdigest()
@@ -1553,7 +1499,7 @@ def decode_clip(clip: Clip, views: Views, cache: Path) -> str:
     return str(file)
 
 class Decoder(Dataset):
-    """Lets a loader's processes decode: item i is the cache files of clip i and "", or a reason.
+    """Decodes clips in a loader's workers: item i is (cache files, "") or ([], reason) of clip i.
 
     views  the student's and perhaps the teacher's; evaluation clips may lack the latter's modality
     """
@@ -1587,7 +1533,7 @@ def decode_all(clips: list[Clip], views: list[Views], cache: Path,
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
     """Returns the indices of up to `count` even windows of n frames (authors, while training).
 
-    The first window that the frames do not fill is looped and the last.
+    The first window that the frames do not fill is looped, and it is the last one.
     """
     stride = max(1, math.ceil((n - 1 - size) / max(count - 1, 1)))
     full = max((n - size) // stride + 1, 0)
@@ -1707,14 +1653,15 @@ class Data(NamedTuple):
 # -------------------- 8. Metrics (between 0 and 1, except d') --------------------
 def count_at_least(rising: np.ndarray, limits: np.ndarray) -> np.ndarray:
     """Returns, for each limit, how many of the rising values reach it."""
-    return len(rising) - np.searchsorted(rising, limits, side="left")
+    return len(rising) - np.searchsorted(rising, limits)
 
 def by_class(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields, for each class, the rising scores of its positives and of its negatives."""
+    """Yields, for each class with a positive, the rising scores of positives and of negatives."""
     columns = torch.as_tensor(scores).numpy(force=True).T
     positive = torch.as_tensor(labels).numpy(force=True).T > 0
     for column, own in zip(columns, positive, strict=True):
-        yield np.sort(column[own]), np.sort(column[~own])
+        if own.any():
+            yield np.sort(column[own]), np.sort(column[~own])
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     """Returns the mean average precision of scores (N, C) over the classes that have a positive.
@@ -1724,10 +1671,9 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     """
     precisions = []
     for hits, misses in by_class(scores, labels):
-        if len(hits) > 0:
-            true = count_at_least(hits, hits)
-            false = count_at_least(misses, hits)
-            precisions.append(np.mean(true / (true + false)))
+        true = count_at_least(hits, hits)
+        false = count_at_least(misses, hits)
+        precisions.append(np.mean(true / (true + false)))
     if not precisions:
         raise ValueError(f"none of {labels.shape[1]} classes has a positive in {len(labels)} clips")
     return statistics.fmean(precisions)
@@ -1739,11 +1685,11 @@ def mean_auc(scores: Tensor, labels: Tensor) -> float:
     """
     areas = []
     for hits, misses in by_class(scores, labels):
-        if len(hits) > 0 and len(misses) > 0:
+        if len(misses) > 0:
             below = np.searchsorted(misses, hits, side="left")
             not_above = np.searchsorted(misses, hits, side="right")
             areas.append(np.mean(below + not_above) / 2 / len(misses))
-    return statistics.fmean(areas) if areas else math.nan
+    return statistics.fmean(areas or [math.nan])
 
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     """Returns the share of clips whose label (N,) is among the k highest of their scores (N, C)."""
@@ -1760,28 +1706,24 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
     mAP           mean of the average precision over the whole ranking; 0 for a query without hits
     mAP_released  the released scripts' variant: cut at `topk`, queries without a hit left out
     """
-    parts = torch.as_tensor(queries).split(256)             # 256 queries at a time bound the memory
-    label_parts = torch.as_tensor(query_labels).split(256)
+    queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
     known = torch.as_tensor(gallery_labels).numpy(force=True)
-    first, precisions, released = [], [], []
-    for part, labels in zip(parts, label_parts, strict=True):
-        similarities = cosine_matrix(part, torch.as_tensor(gallery)).numpy(force=True)
-        for similarity, label in zip(similarities, labels.tolist(), strict=True):
-            match = known == label
-            hits = np.sort(similarity[match])[::-1]
-            misses = np.sort(similarity[~match])
-            count = np.arange(1, len(hits) + 1)
-            ranks = count + count_at_least(misses, hits)    # of equal clips, misses come first
-            precision = count / ranks
-            within = ranks <= topk
-            first.append(ranks[0] if len(hits) > 0 else math.inf)
-            precisions.append(precision.mean() if len(hits) > 0 else 0.0)
-            if within.any():
-                released.append(precision[within].mean())
-    metrics = {f"R@{k}": float(np.mean(np.array(first) <= k)) for k in ks}
-    metrics["mAP"] = float(np.mean(precisions))
-    metrics["mAP_released"] = float(np.mean(released or [0.0]))
-    return metrics
+    found: dict[str, list] = {f"R@{k}": [] for k in ks} | {"mAP": [], "mAP_released": []}
+    for i, label in enumerate(torch.as_tensor(query_labels).tolist()):
+        if i % 256 == 0:                                    # 256 queries at a time: less memory
+            block = cosine_matrix(queries[i:i + 256], gallery).numpy(force=True)
+        similarity = block[i % 256]
+        hits = np.sort(similarity[known == label])[::-1]
+        misses = np.sort(similarity[known != label])
+        count = np.arange(1, len(hits) + 1)
+        ranks = count + count_at_least(misses, hits)        # of equal clips, misses come first
+        precision = count / ranks
+        for k in ks:
+            found[f"R@{k}"].append(np.any(ranks <= k))
+        found["mAP"].append(precision.sum() / max(1, len(hits)))
+        if np.any(ranks <= topk):
+            found["mAP_released"].append(precision[ranks <= topk].mean())
+    return {name: float(np.mean(values or [0.0])) for name, values in found.items()}
 
 def score(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Scores probabilities (N, C): by top-1 and top-5 for classes (N,), by mAP, AUC, d' for tags.
@@ -1866,8 +1808,9 @@ def load_checkpoint(path: str | Path) -> dict:
                 raise ValueError(f"{name} holds numbers that are infinite or NaN")
         return content
     except Exception as error:                      # the loader raises a dozen kinds
-        raise InputError(f"{path} is no usable checkpoint of this program, the authors or PANNs: "
-                         f"{str(error).splitlines()[0]}") from error
+        reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
+        raise InputError(f"{path} is not a usable checkpoint of this program, the authors or PANNs "
+                         f"({reason[:200]})") from error
 
 def restore(saved: dict, device: str) -> nn.Module:
     """Builds the network of a loaded checkpoint."""
@@ -1887,14 +1830,14 @@ def process() -> tuple[int, int]:
     return 0, 1
 
 def share(value: object) -> list:
-    """Returns the values of all processes, by rank. No process goes on before all are here."""
+    """Returns the values of all processes, by rank. No process continues before all are here."""
     values = [value] * process()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
 def join_shares(rows: list) -> list:
-    """Joins rows that the processes have by turns: the first of each, then the second of each."""
+    """Interleaves the rows of the processes: the first of each, then the second of each."""
     shares = share(rows)
     joined = [None] * sum(len(rows) for rows in shares)
     for rank, rows in enumerate(shares):
@@ -1902,7 +1845,7 @@ def join_shares(rows: list) -> list:
     return joined
 
 def progress(loader: DataLoader, what: str) -> Iterator:
-    """Passes a loader's batches on and says every 30 seconds how far it is."""
+    """Yields a loader's batches and logs the progress every 30 seconds."""
     begun = shown = time.time()
     for done, batch in enumerate(loader, 1):
         yield batch
@@ -2004,7 +1947,7 @@ def train_epoch(args, loader: DataLoader, student: nn.Module, noise_filter: nn.M
     return {**dict(zip(terms, values.mean(0).tolist())), **figures,
             "clips_per_second": speed, "memory_gb": memory / 1e9}
 
-# Options that may change on --resume and are not taken over from --checkpoint.
+# Options that may change on --resume and are not restored from --checkpoint.
 MAY_CHANGE = ("method", "seeds", "out", "cache", "resume", "checkpoint", "predict", "gallery",
               "workers", "device", "compile", "quiet", "max_skipped")
 
@@ -2015,7 +1958,7 @@ def resume_from(args, out: Path, about: dict) -> dict:
     """
     path = out / "last.pt"
     if not (args.resume and path.exists()):
-        for name in ("last.pt", "best.pt", "results.json"):
+        for name in ("last.pt", "best.pt", "log.jsonl", "results.json"):
             (out / name).unlink(missing_ok=True)
         return {}
     saved = load_checkpoint(path)
@@ -2031,7 +1974,7 @@ def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: P
     """Trains one network by one method and returns it as it is after the last epoch.
 
     Leaves config.json, log.jsonl (a row an epoch), best.pt and last.pt (for --resume) in `out`. An
-    epoch depends on seed and epoch number alone, so a resumed run goes on as if never stopped.
+    epoch depends on seed and epoch number alone, so a resumed run continues as if never stopped.
     """
     rank, world = process()
     student, noise_filter, optimizer = build(args, data, method, seed, teacher)
@@ -2081,7 +2024,7 @@ def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: P
             save(out / "best.pt", content)
         if rank == 0:
             save(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-            save(out / "last.pt", content)                  # in the end: --resume relies on it
+            save(out / "last.pt", content)                  # last, because --resume relies on it
     share(None)                                             # process 0 has written its files
     return student
 
@@ -2161,15 +2104,17 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
 
     Raises InputError if a file holds anything else or no file is named after a clip.
     """
-    paths, rows = {}, {}
+    index, rows = defaultdict(list), {}
     for path in Path(folder).rglob("*.npy"):
-        name = path.stem.lower()
-        paths[name] = None if name in paths else path               # a name alone must be unique
-        paths[path.relative_to(folder).with_suffix("").as_posix().lower()] = path
+        whole = path.relative_to(folder).with_suffix("").as_posix()
+        for rank, name in enumerate([whole, path.stem, whole.lower(), path.stem.lower()]):
+            index[rank, name].append(path)
     for clip in clips:
-        path = paths.get(clip.id.lower())
-        if path is None:
+        names = [clip.id, clip.id, clip.id.lower(), clip.id.lower()]
+        found = [index[key] for key in enumerate(names) if len(index[key]) == 1]
+        if not found:
             continue
+        path = found[0][0]                          # the best of the names that are unique
         try:
             row = torch.from_numpy(np.load(path, allow_pickle=False)).float()
             if row.ndim != 1 or not row.isfinite().all():
@@ -2177,9 +2122,10 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path}: it holds no embedding: {error}") from error
         rows[clip.id] = row
-    if len({len(row) for row in rows.values()}) != 1:
-        raise InputError(f"{folder}: {len(rows)} .npy files are named after clips, such as "
-                         f"{clips[0].id}.npy; there must be some, all of one length")
+    if not rows:
+        raise InputError(f"{folder}: no .npy file is named after a clip, such as {clips[0].id}.npy")
+    if len({len(row) for row in rows.values()}) > 1:
+        raise InputError(f"{folder}: the embeddings differ in length")
     return rows
 
 def given_teacher(args, clips: list[Clip], out: Path) -> tuple[dict[str, Tensor], str, dict] | None:
@@ -2233,7 +2179,7 @@ def score_probe(data: Data, teacher: Tensor) -> dict[str, float]:
 
 # -------------------- 12. Prediction on files --------------------
 def list_files(paths: list[str], kind: str) -> list[str]:
-    """Lists media files: those named and all in folders, but for sound files if video is needed."""
+    """Lists the media files named and those in folders, except sound files if video is needed."""
     files = []
     for path in paths:
         if os.path.isdir(path):
@@ -2290,7 +2236,7 @@ RECIPES = {
     "audioset": {"task": "audio_tagging", "epochs": 60},    # about as many steps as UCF51's (ours)
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},   # authors
     "demo": {"task": "video_retrieval", "method": "student,xmkd", "teacher": "scratch",
-             "teacher_epochs": 10, "frames": 1, "fps": 1.0, "size": 40, "frame_side": 48,
+             "teacher_epochs": 14, "frames": 1, "fps": 1.0, "size": 40, "frame_side": 48,
              "crop_area": 0.5, "flip": False, "seconds": 1.0, "width": 8, "lr": 1e-3,
              "weight_decay": 1e-5, "eval_every": 20},
 }
@@ -2363,13 +2309,14 @@ def build_parser() -> Parser:
         help="permute the teacher's embeddings among the training clips, as a control (ours)")
     add("--csc-offset", type=number(float, 1e-6, 10), default=0.07,
         help="temperature = similarity + offset (authors)")
-    add("--margin", type=number(float, 0, 2), default=0.2, help="of the triplet term (authors)")
+    add("--margin", type=number(float, 0, 2), default=0.2,
+        help="margin of the triplet term, in cosine (authors)")
     add("--sparsity", type=part, default=1e-3, help="weight of the L1 term (authors)")
     add("--width", type=number(int, 2, 1024), default=64,
         help="channels of the first stage; D is 8 times as many (authors)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=count, default=200, help="the last quarter at lr / 10 (authors)")
+    add("--epochs", type=count, default=200, help="the last quarter runs at lr / 10 (authors)")
     add("--batch-size", type=number(int, 2, 10**6), default=32,
         help="clips a step, in all processes together (authors)")
     add("--lr", type=number(float, 0, 10), default=3e-4,
@@ -2383,7 +2330,7 @@ def build_parser() -> Parser:
     add("--seeds", type=count, default=1, help="number of runs with other initialisation and order")
     add("--out", help="run folder, by default runs/<task>-<data>-<method>-s<seed>")
     add("--cache", default="runs/cache", help="folder of decoded clips; runs may share it")
-    add("--resume", action=flag, default=False, help="go on after the last epoch in --out")
+    add("--resume", action=flag, default=False, help="continue after the last epoch in --out")
     add("--checkpoint", metavar="FILE", help="evaluate it; ours, the authors' or PANNs'")
     add("--predict", nargs="+", metavar="FILE",
         help="with --checkpoint: print the classes of media files, or of all in a folder")
@@ -2447,7 +2394,7 @@ def check_options(args, saved: dict) -> None:
         (args.gallery and not args.predict, "--gallery needs --predict"),
         (args.predict and world > 1, "--predict is for one process; start it without torchrun"),
         (not args.predict and kind != STUDENT_KIND[args.task],
-         f"--checkpoint {args.checkpoint} takes {kind}, which --task {args.task} does not give it"),
+         f"--checkpoint {args.checkpoint} is for {kind}; --task {args.task} needs another"),
         (not is_teacher and not args.checkpoint,
          f"--teacher {args.teacher} is not auto, scratch, a file or a folder"),
         (args.amp and args.device == "cpu",
@@ -2468,17 +2415,19 @@ def make_views(args, kind: str) -> Views:
 def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
     """Reads the lists of --data, or writes the demo first: clips with files, and class names."""
     layout, root = find_layout(args.data), Path(args.data)
-    if layout == "audioset" and args.task != "audio_tagging":
-        raise InputError(f"--task {args.task} needs one label a clip, AudioSet has several")
     if layout == "demo":
         kind, tags = STUDENT_KIND[args.task], args.task == "audio_tagging"
         root = Path(args.cache, f"demo-{kind}-{args.noise:g}-{args.mismatch:g}-{args.seed}")
         if process()[0] == 0 and not root.exists():
             part = Path(f"{root}.{os.getpid()}.part")       # renamed when it is whole
             write_demo(part, kind, tags, args.noise, args.mismatch, args.seed)
-            part.rename(root)
+            with suppress(OSError):                         # another run may have been faster
+                part.rename(root)
         share(None)                                         # the others wait
     _, clips, classes = read_data(root, args.split, args.fold, skipped)
+    if args.task != "audio_tagging" and max(len(clip.labels) for clip in clips) > 1:
+        raise InputError(f"--task {args.task} needs one label for each clip, but clips of --data "
+                         f"{args.data} have several; use --task audio_tagging")
     log.info(f"data {args.data}: {len(classes)} classes, {coverage(clips, skipped)}")
     if args.per_class:
         clips = limit_classes(clips, args.per_class, args.seed)
@@ -2519,11 +2468,13 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
     train = [i for i, (clip, _) in enumerate(kept) if clip.split == "train"]
     evaluation = [i for i, (clip, _) in enumerate(kept) if clip.split == "eval"]
     log.info(f"{len(train):,} training and {len(evaluation):,} evaluation clips can be used; "
-             f"{args.out}/skipped.csv names {len(skipped):,} others")
+             f"{args.out}/skipped.csv has {len(skipped):,} entries")
     if len(unreadable) > args.max_skipped * len(clips):
         raise InputError(f"{len(unreadable)} of {len(clips)} clips are unreadable, more than "
                          f"--max-skipped {args.max_skipped:g} allows; the first: {unreadable[0]}")
-    least = 2 * process()[1] if any(clip.split == "train" for clip in clips) else 0
+    least = 2 * process()[1]
+    if args.checkpoint and args.task != "video_retrieval":
+        least = 0
     if len(train) < least or not evaluation:
         raise InputError(f"{args.data}: needs {least} training clips and an evaluation clip that "
                          f"can be used, has {len(train)} and {len(evaluation)}")
@@ -2580,9 +2531,9 @@ def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
             table[f"{method} - student"] = [
                 {name: run[name] - base[name] for name in base} for run, base in zip(runs, alone)]
     names = list(list(rows.values())[-1][0])
-    print("\n" + " " * 15 + "".join(f"{name:>16}" for name in names))
+    print("\n" + " " * 18 + "".join(f"{name:>16}" for name in names))
     for label, runs in table.items():
-        line = f"{label:15}"
+        line = f"{label:18}"
         for name in names:
             values = [run[name] for run in runs if name in run]
             cell = f"{statistics.mean(values):.3f}" if values else ""
@@ -2633,11 +2584,16 @@ def run(args) -> None:
             results = finish(args, data, student, folder, about, started)
             rows.setdefault(method, []).append(results["metrics"])
     if process()[0] == 0 and several:
-        results.update(seed=args.seed, table=rows, seconds=round(time.time() - begun, 1))
-        save(out / "results.json", results)
+        means = {}
+        for name in results["metrics"]:                     # of the last method
+            means[name] = statistics.mean(run[name] for run in rows[methods[-1]])
+        save(out / "results.json", {
+            "task": args.task, "data": args.data, "method": args.method, "seed": args.seed,
+            "metrics": means, "table": rows, "teacher": about["teacher"],
+            "clips": results["clips"], "seconds": round(time.time() - begun, 1)})
     print_table(rows)
-    log.info(f"\nThese are the last epoch's figures on {len(data.eval):,} evaluation clips; {out} "
-             "has those of the epoch that is best on them, too.")
+    log.info(f"\nThe table shows the last epoch on {len(data.eval):,} evaluation clips; each run's "
+             "results.json also has the best epoch.")
 
 def evaluate_checkpoint(args, saved: dict) -> None:
     """Evaluates --checkpoint on a data set. Raises InputError if it is of other classes."""
@@ -2683,7 +2639,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: the GPU's memory is full; lower --batch-size or --frames", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on", file=sys.stderr)
+        print("\ninterrupted; the same command with --resume continues", file=sys.stderr)
         return 130
     if dist.is_initialized():
         dist.destroy_process_group()
