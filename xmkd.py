@@ -23,6 +23,7 @@ One training step, numbered as in `train_step`; t is the teacher's embedding of 
 
 Sections: 1 Method, 2 Compared methods, 3 Networks, 4 Media, 5 Data sets, 6 Demo, 7 Cache and views,
           8 Metrics, 9 Checkpoints, 10 Training, 11 Teacher, 12 Prediction, 13 Arguments and main.
+To add:   a loss see Distiller.methods in 2, a data set see READERS in 5.
 Letters:  B clips in a batch, K positions of a map, D features, C classes, T frames, N clips.
 """
 from __future__ import annotations
@@ -64,13 +65,15 @@ class InputError(ValueError):
 # -------------------- 1. Method: noise filter, losses and the training step --------------------
 def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
     """Returns the cosine similarity of all pairs of rows: (N, D) and (M, D) -> (N, M)."""
+    a = a.to(torch.promote_types(a.dtype, torch.float32))       # half precision would make ties
+    b = b.to(torch.promote_types(b.dtype, torch.float32))
     return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
 
 def label_overlap(labels: Tensor) -> Tensor:
-    """Returns how much two clips share their labels: (B, B), values in 0..1, diagonal 1.
+    """Returns how far each two clips share their labels: (B, B), values in 0..1, diagonal 1.
 
-    Class indices (B,) are shared if they are equal, as in the authors' code. For multi-hot tags
-    (B, C), it is the Jaccard index of the two sets, which is ours.
+    For class indices (B,) it is 1 if they are equal, else 0, as in the authors' code. For multi-hot
+    tags (B, C) it is the Jaccard index of the two sets, which is ours.
     """
     if labels.ndim == 1:
         return (labels[:, None] == labels).float()
@@ -95,13 +98,17 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
     evidence    (B, D)  evidence s^ that the purified teacher found in the student's map, any scale
     similarity  (B, B)  cosine of student (row) and purified teacher (column), without gradient
     labels      (B,) class indices or (B, C) multi-hot tags, see `label_overlap`
-    offset      is added to the similarity to form the temperature: 0.07 UCF51, 0.2 ActivityNet
+    offset      temperature = max(similarity, 0) + offset: 0.07 UCF51, 0.2 ActivityNet
     Returns the batch mean in nats: log(B) if all embeddings are equal and so are all similarities.
     Raises ValueError if `similarity` carries a gradient or `offset` is not positive.
     Pairs that agree get a higher temperature, which softens them; the others are sharpened.
     """
     if similarity.requires_grad:
         raise ValueError("similarity carries a gradient but sets a temperature; pass it detached")
+    size = len(labels)
+    if not len(student) == len(evidence) == size or similarity.shape != (size, size):
+        raise ValueError(f"student has {len(student)} rows, evidence {len(evidence)}, labels {size}"
+                         f", similarity {tuple(similarity.shape)}; pass B, B, B and (B, B)")
     if not offset > 0:
         raise ValueError(f"offset is {offset}, but must be above 0; the authors use 0.07 or 0.2")
     temperature = similarity.clamp_min(0) + offset          # the clamp is ours: it stays above 0
@@ -133,7 +140,7 @@ class ModalityNoiseFilter(nn.Module):
 
     forward(teacher (B, teacher_dim), student_map (B, K, D)) -> Filtered; training needs B > 1.
     Where `teacher_dim` differs from `dim`, which is D, a linear adapter comes first; that is ours.
-    The attributes have the names of the released checkpoints, so that these load.
+    The attributes have the names of the released checkpoints, so that their weights fit.
     """
     def __init__(self, num_classes: int, dim: int = 512, heads: int = 2,
                  teacher_dim: int | None = None):
@@ -158,7 +165,7 @@ class ModalityNoiseFilter(nn.Module):
         return Filtered(purified, evidence, logits, gate, attention[:, 0])
 
 def gather(part: Tensor) -> Tensor:
-    """Joins torchrun's parts of a batch, since CSC contrasts all clips; only ours has gradients."""
+    """Joins torchrun's parts of a batch, for CSC; only this process's own part has gradients."""
     if not dist.is_initialized():
         return part
     part = part.contiguous()
@@ -181,7 +188,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
                amp: bool = False) -> dict[str, Tensor]:
     """Updates student and filter once. Returns the terms of both losses, detached, by name.
 
-    noise_filter  ModalityNoiseFilter; a Distiller, whose loss `distill` replaces 2 to 4; or None
+    noise_filter  ModalityNoiseFilter; a Distiller, whose loss replaces 2 to 4 and CSC; or None
     inputs        (B, ...) what the student takes; float32 or float64
     teacher       (B, teacher_dim) embeddings; not needed without noise_filter
     labels        (B,) class indices or (B, C) multi-hot tags
@@ -205,7 +212,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         if not calibrate:
             similarity = torch.zeros_like(similarity)
         raw = noise_filter.adapter(teacher).detach()
-        w2 = noise_filter.get_parameter("gated_feature_composer.3.weight")
+        w2 = noise_filter.gated_feature_composer[-1].weight
         filter_terms = {                                                        # 4. L_filter
             "filter_cls": classification_loss(filtered.logits, labels),
             "sparsity": sparsity * sparsity_loss(w2),       # without W1, as in the released code
@@ -217,9 +224,9 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         terms["distill"] = noise_filter.train()(features, teacher, labels)
 
     torch.stack(list(terms.values())).sum().backward()                          # 5. L_student
-    sum_gradients(student)                          # a process holds those of its own clips,
+    sum_gradients(student)                          # each process has its own clips' share;
     if noise_filter is not None:
-        sum_gradients(noise_filter, average=True)   # but the filter's cover all clips
+        sum_gradients(noise_filter, average=True)   # all have the whole, but for rounding
     optimizer.step()                                                            # 6. Adam
     return {name: term.detach() for name, term in (terms | filter_terms).items()}
 
@@ -247,7 +254,7 @@ def make_optimizer(student: nn.Module, noise_filter: nn.Module | None, lr: float
         groups.append({"params": list(noise_filter.parameters()), "lr": filter_lr * lr})
     return torch.optim.Adam(groups, weight_decay=weight_decay)
 
-# -------------------- 2. Compared methods; that each loss has weight 1 is ours --------------------
+# -------------------- 2. Compared methods; giving each loss weight 1 is ours --------------------
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns log-probabilities: (B, C) of classes or (B, 2C) of tags, present and absent."""
     if labels.ndim == 1:
@@ -264,14 +271,14 @@ def kd_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor,
 
 def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
     """Compares a hint with the teacher, both (B, D) (Romero et al. 2015, arXiv 1412.6550)."""
-    variance = teacher.var().clamp_min(1e-12)               # ours: scale does not matter
+    variance = teacher.var().clamp_min(1e-12)               # ours: removes the teacher's scale
     return F.mse_loss(hint, teacher) / variance
 
 def crd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     """Contrasts projections (B, 128) of student and teacher (Tian et al. 2020, arXiv 1910.10699).
 
-    Each clip's teacher must be told apart from the teachers of clips that share no label with it,
-    and each student likewise. A softmax over the batch replaces the paper's critic and memory bank.
+    Each student must find its own clip's teacher in the batch, and each teacher its student; clips
+    with a common label are no negatives. A softmax replaces the paper's critic and memory bank.
     """
     related = label_overlap(labels) > 0
     related.fill_diagonal_(False)                           # the clip's own pair is the positive
@@ -291,7 +298,7 @@ def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Mo
     for part in student, student.detach():
         pair = torch.cat([F.normalize(teacher, dim=1), F.normalize(part, dim=1)], dim=1)
         compositions.append(teacher + compose(pair))
-    joint, own = compositions                               # losses of `own` spare the student
+    joint, own = compositions                               # `own` passes the student no gradient
     p = log_probabilities(features.logits, labels)
     q = log_probabilities(classify(joint), labels)
     loss = classification_loss(classify(own), labels)
@@ -304,11 +311,11 @@ def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Mo
     return loss
 
 class Distiller(nn.Module):
-    """Computes the loss of a method that has no noise filter, and holds the layers it trains.
+    """Computes the loss of a method that has no noise filter, and holds the layers it needs.
 
     forward(features, teacher (B, teacher_dim), labels) -> the loss to add to the student's.
     `offset` is for csc; `probe`, for kd, maps embeddings to logits (see `linear_probe`). To add a
-    method, write a function like `kd`, and a line in `methods` with the layers that it uses.
+    method, write a function like `kd` and, in `methods` below, a line with the layers it uses.
     """
     def __init__(self, method: str, num_classes: int, dim: int, teacher_dim: int,
                  offset: float = 0.07, probe: nn.Module | None = None):
@@ -379,7 +386,7 @@ def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int,
 class Features(NamedTuple):
     """Holds what a student returns."""
     map: Tensor         # (B, K, D) positions in the order t, h, w (video) or t, mel (audio)
-    pooled: Tensor      # (B, D) embedding of the clip, non-negative
+    pooled: Tensor      # (B, D) embedding, non-negative; AudioNet's `dim` may give another width
     logits: Tensor      # (B, C)
 
 class FactorisedConv3d(nn.Module):
@@ -446,7 +453,7 @@ class VideoNet(nn.Module):
         x = self.conv5(self.conv4(self.conv3(self.conv2(x))))   # (B, D, T/8, H/16, W/16)
         features = x.flatten(2).transpose(1, 2)             # (B, K, D)
         pooled = features.mean(1)                           # (B, D)
-        with torch.autocast(frames.device.type, enabled=False):     # logits of 8 bits would tie
+        with torch.autocast(frames.device.type, enabled=False):     # bfloat16 logits would tie
             logits = self.cls(pooled.to(self.cls.weight.dtype))
         return Features(features, pooled, logits)
 
@@ -460,7 +467,7 @@ class LogMel(nn.Module):
         self.decibel = torchaudio.transforms.AmplitudeToDB("power")
 
     def forward(self, samples: Tensor) -> Tensor:
-        with torch.autocast(samples.device.type, enabled=False):    # half overflows: PANNs issue 17
+        with torch.autocast(samples.device.type, enabled=False):    # float16 overflows (PANNs #17)
             return self.decibel(self.mel(samples.float())).transpose(1, 2)
 
 class AudioBlock(nn.Module):
@@ -481,8 +488,8 @@ class AudioBlock(nn.Module):
 class AudioNet(nn.Module):
     """Maps decibels (B, T, 64) from `LogMel`, T at least 32, to Features: PANNs' CNN family.
 
-    stages=4 is Cnn10, our audio student; stages=6 is Cnn14_emb512. `dim` is the embedding's width,
-    for a student that of its map, width * 2 ** (stages - 1). dim=None leaves out fc1: then max +
+    stages=4 is Cnn10, our audio student; stages=6 is Cnn14_emb512. `dim` is the embedding's width;
+    a student's must be its map's, width * 2 ** (stages - 1). dim=None leaves out fc1: then max +
     mean over time is the embedding. PANNs' dropout is left out.
     """
     def __init__(self, num_classes: int, width: int = 64, stages: int = 4, dim: int | None = 512):
@@ -503,14 +510,14 @@ class AudioNet(nn.Module):
                 x = block(x)                                # in the end (B, D, T/16, 4) for Cnn10
         profile = x.mean(3)                                 # (B, D, T/16)
         pooled = F.relu(self.fc1(profile.amax(2) + profile.mean(2)))        # (B, dim)
-        with torch.autocast(logmel.device.type, enabled=False):     # logits of 8 bits would tie
+        with torch.autocast(logmel.device.type, enabled=False):     # bfloat16 logits would tie
             logits = self.fc_audioset(pooled.to(self.fc_audioset.weight.dtype))
         return Features(x.flatten(2).transpose(1, 2), pooled, logits)
 
 def make_network(kind: str, num_classes: int, width: int, **more) -> nn.Module:
     """Returns a VideoNet or AudioNet for "video" or "audio", with D = 8 * width.
 
-    `more` goes to its class. Channels-last memory makes a step 1.1 to 1.5 times as fast.
+    `more` is passed to its class. Channels-last memory makes a step 1.1 to 1.5 times as fast.
     """
     if kind == "video":
         return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)
@@ -520,8 +527,8 @@ def make_network(kind: str, num_classes: int, width: int, **more) -> nn.Module:
 class Prepare(nn.Module):
     """Turns raw views into a network's input, in float32 on the views' device.
 
-    Frames (B, T, 3, H, W) in uint8 become (B, 3, T, H, W), normalised as for ImageNet, and sound
-    (B, samples) in int16 decibels (B, T, 64), in train mode with SpecAugment's stripes in them.
+    Frames (B, T, 3, H, W) in uint8 become (B, 3, T, H, W), normalised as for ImageNet. Sound
+    (B, samples) in int16 becomes decibels (B, T, 64), with SpecAugment's stripes in train mode.
     """
     def __init__(self):
         super().__init__()
@@ -569,7 +576,7 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator[tupl
         raise InputError(f"{path}: it cannot be decoded ({reason})") from error
 
 def choose_stream(container, kind: str):
-    """Returns the stream that FFmpeg would choose; the picture on a cover is no video."""
+    """Returns the stream that FFmpeg would choose; cover art is not video."""
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams
                if stream.type == kind and not stream.disposition & cover]
@@ -586,7 +593,7 @@ def find_seek(path: str | Path, kind: str, start: float) -> float:
     """Returns where to seek to, in seconds, to decode from `start` on; 0 is the file's beginning.
 
     A seek can land behind `start` in files that do not tell where decoding can begin: MPEG-TS,
-    files without an index or with wrong key flags. So it is tried out first.
+    files without an index or with wrong key flags. So the seek is tried first.
     """
     for early in (1.0, 20.0):
         if start <= early:
@@ -599,7 +606,7 @@ def find_seek(path: str | Path, kind: str, start: float) -> float:
     return 0.0
 
 def decode_frames(container, stream, start: float, end: float) -> Iterator[tuple]:
-    """Yields (seconds since the file's start, frame) from where the container stands.
+    """Yields (seconds since the file's start, frame) from the container's current position.
 
     A damaged packet costs its frames, and those of a video up to the next key frame, since they
     build on it. Raises InputError if that takes more than half a second of [start, end).
@@ -618,7 +625,7 @@ def decode_frames(container, stream, start: float, end: float) -> Iterator[tuple
             if frame.is_corrupt:
                 intact, damaged = False, True
             elif stream.type == "audio" or frame.key_frame or frame.pict_type in (0, 1):
-                intact = True           # some decoders tell no type (0), others I (1) but no key
+                intact = True           # some report no type (0), others I (1) but no key
             if not intact:
                 continue
             # Raw streams have no times: each frame begins where the one before it ends.
@@ -645,10 +652,10 @@ def check_length(container, stream, start: float, end: float, got: float) -> Non
         raise InputError(f"there is no {stream.type} between {start:g} s and {reach}")
     promised = min(promised_end(container, stream), end) - start
     if got < promised - max(0.3, 0.1 * promised):
-        raise InputError(f"truncated, {got:.1f} of {promised:.1f} s of {stream.type} are there")
+        raise InputError(f"truncated: {got:.1f} of {promised:.1f} s of {stream.type} are left")
 
 def promised_end(container, stream) -> float:
-    """Returns when the stream ends by the file's header, in seconds, or 0 if FFmpeg guesses it."""
+    """Returns when the stream ends according to the header, in seconds; 0 if FFmpeg guesses it."""
     form = container.format.name.split(",")[0]
     origin = (container.start_time or 0) / av.time_base
     length = stream.duration or 0
@@ -670,7 +677,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
     """Decodes the sound between two times: (samples,) float32, mono, 32 kHz, about -1..1.
 
     start, end  seconds since the file's start; without `end` to the file's end
-    Mono is the mean of the channels. A gap in the file's clock, and a late start, become silence.
+    Mono is the mean of the channels. Gaps in the file's clock and a late start become silence.
     Raises InputError if the file has no sound there, is truncated, damaged or cannot be decoded.
     """
     rate = 32000
@@ -695,17 +702,17 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
 def join_frames(frames: Iterator[tuple], end: float, rate: int) -> Iterator[tuple]:
     """Yields (seconds, mono samples at `rate`) for each stretch of frames without a gap.
 
-    The first frame that begins at `end` or later is still there: it tells that sound goes on.
+    The first frame from `end` on is included, because it shows that the sound goes on.
     """
     stretch, begin, following, source, overlap = [], 0.0, 0.0, 0, 0.0
     for seconds, frame in frames:
-        gap = abs(seconds - following) > 0.01           # less is jitter or rounding of the times
+        gap = abs(seconds - following) > 0.01           # a smaller one is jitter or rounding
         if stretch and (gap or frame.sample_rate != source):
             yield begin, resample(np.concatenate(stretch), source, rate)
             stretch = []
             overlap += max(following - seconds, 0.0)
         if overlap > max(0.5, 0.1 * seconds):
-            raise InputError("its times overlap, or start again in mid-stream; convert it")
+            raise InputError("its timestamps overlap or restart in mid-stream; convert it")
         if not stretch:
             begin = following = seconds
             source = frame.sample_rate
@@ -743,10 +750,12 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     """Decodes the pictures between two times at a fixed rate: (T, 3, H, W) uint8 RGB.
 
     start, end  seconds since the file's start; without `end` to the file's end
-    fps         picture k is the one that is shown at start + k / fps
+    fps         picture k is the one that is shown at start + k / fps, so a picture may repeat
     side        shorter side in pixels to which larger pictures are scaled; none is enlarged
     Raises InputError if the file has no picture there, is truncated, damaged or cannot be decoded.
     """
+    if not fps > 0:
+        raise InputError(f"{path}: fps is {fps}, but must be above 0")
     end = math.inf if end is None else end
     with open_stream(path, "video", find_seek(path, "video", start)) as (container, stream):
         scalers = [av.video.reformatter.VideoReformatter() for _ in range(2)]
@@ -771,14 +780,14 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
 def show_frames(frames: Iterator[tuple], stream) -> Iterator[tuple]:
     """Yields (begin, stop, frame): the seconds between which each picture is shown.
 
-    The k-th picture gets the k-th smallest time: B-frames in AVI come with each other's times. The
+    The k-th picture gets the k-th smallest time: B-frames in AVI carry each other's timestamps. The
     last picture is shown as long as the file tells.
     """
     times, pictures, begin = [], [], -math.inf
     for seconds, frame in frames:
         times.append(seconds)
         pictures.append(frame)
-        if len(pictures) > 8:                   # B-frames reach no further
+        if len(pictures) > 8:                   # reordering spans no more
             times.sort()
             if times[0] < begin:
                 raise InputError("its times start again in mid-stream; convert it")
@@ -790,7 +799,7 @@ def show_frames(frames: Iterator[tuple], stream) -> Iterator[tuple]:
     yield from zip(times, times[1:], pictures)
 
 def scaled_size(width: float, height: float, side: int) -> tuple[int, int]:
-    """Returns (width, height) for a shorter side of `side` pixels, or unchanged if it is less."""
+    """Returns (width, height) for a shorter side of `side` pixels, or unchanged if it has less."""
     scale = min(1.0, side / min(width, height))
     return round(width * scale), round(height * scale)
 
@@ -810,7 +819,7 @@ def to_rgb(frame: av.VideoFrame, size: tuple[int, int], scalers: list) -> np.nda
     return picture
 
 def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
-    """Decodes an HDF5 file of the authors, with a JPEG a frame in `video`: (T, 3, H, W) uint8 RGB.
+    """Decodes the authors' HDF5: a JPEG for each frame in `video` -> (T, 3, H, W) uint8 RGB.
 
     side  as in `decode_video`
     Raises InputError if h5py is missing or the file cannot be decoded.
@@ -861,9 +870,9 @@ def find_list(root: str | Path, pattern: str, required: bool = True) -> Path | N
     return None
 
 def find_media(root: str | Path) -> list[str]:
-    """Returns the sorted paths of all media files below `root`, told by their endings.
+    """Returns the sorted paths of all media files below `root`, recognised by their endings.
 
-    Linked folders are followed, but no folder is read twice. Hidden files and folders do not count.
+    Linked folders are followed, but no folder is read twice. Hidden files and folders are skipped.
     """
     endings = SOUND_FILES + FILM_FILES + FRAME_FILES
     found, seen = [], set()
@@ -907,8 +916,8 @@ def recordings(paths: list[str]) -> list[tuple[str | None, str | None]]:
     """Sorts files of one name into recordings: (file with the sound, file with the pictures).
 
     A file with both is a recording, and so are one file with sound and one with pictures. Endings
-    tell which is which, or the content if several files may hold pictures. What yt-dlp has left
-    counts only if no other file holds the same.
+    tell which is which, or the content if several files may hold pictures. A part that
+    yt-dlp left behind is used only if no other file holds the same streams.
     """
     sounds = [path for path in paths if path.lower().endswith(SOUND_FILES)]
     films = [path for path in paths if path.lower().endswith(FILM_FILES)]
@@ -940,7 +949,7 @@ def recordings(paths: list[str]) -> list[tuple[str | None, str | None]]:
     return pairs
 
 def report_unused(paths: list[str], used: set[str | None], skipped: list) -> None:
-    """Appends the files that are not used to `skipped`, but for copies in other folders."""
+    """Appends the files that are not used to `skipped`, except copies in other folders."""
     copies = {(os.path.basename(path), os.path.getsize(path)) for path in used if path}
     for path in paths:
         name_and_size = os.path.basename(path), os.path.getsize(path)
@@ -975,6 +984,8 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None = Non
     """
     skipped = [] if skipped is None else skipped
     root = str(Path(root))                      # without a slash at its end
+    for name in {clip.split for clip in clips} - set(MISSING):
+        raise InputError(f"{root}: the lists name a split {name!r}; it must be train or eval")
     files = {clip.id: [] for clip in clips}
     media = find_media(root)
     for path in media:
@@ -1012,7 +1023,7 @@ def coverage(clips: list[Clip], skipped: list) -> str:
 def read_segments(path: Path, split: str, index: dict[str, int]) -> list[Clip]:
     """Reads an AudioSet list with rows `id, start, end, "label,label"`; `index` numbers the labels.
 
-    The quotes, spaces and empty cells that spreadsheets add do not count. Raises InputError.
+    The quotes, spaces and empty cells that spreadsheets add are ignored. Raises InputError.
     """
     clips = []
     with open(path, encoding="utf-8-sig", errors="replace") as file:
@@ -1035,7 +1046,7 @@ def read_segments(path: Path, split: str, index: dict[str, int]) -> list[Clip]:
     return clips
 
 def tells_start(rest: str, start: float) -> bool:
-    """Tells whether a file's name goes on after the id with the clip's start, so that it is cut.
+    """Tells whether the start time follows the id in a file's name: then the file is cut.
 
     Downloaders write `_30.000_40.000`, `_30.0-40.0`, `_30`, or in milliseconds `_30000_40000`.
     """
@@ -1216,7 +1227,8 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
     found = attach_files(clips, root, skipped)
     return [clip._replace(cut=False) for clip in found], classes
 
-# To add a data set write a reader, and name a file by which its layout is recognised.
+# To add a data set write a reader, and name a file by which its layout is recognised: the first
+# that is there counts, so put yours on top.
 READERS = {"list": ("clips.csv", read_list),
            "audioset": ("class_labels_indices.csv", read_audioset),
            "ucf101": ("classInd.txt", read_ucf101),
@@ -1264,7 +1276,8 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, side: int = 128) -> Ten
     """Decodes a clip's own part of its file, which is the whole recording or already cut.
 
     kind  "audio" or "video"; the rest is as in `decode_audio` and `decode_video`
-    Raises InputError as these do, if the clip has no such file, or if its part cannot be told.
+    Raises InputError as these do, if the clip has no such file, or if it is unclear whether the
+    file is already cut.
     """
     path = clip.audio if kind == "audio" else clip.video
     start, end = clip.start, clip.end
@@ -1298,7 +1311,7 @@ def is_cut(path: str, kind: str, start: float, end: float) -> bool:
 def stream_seconds(path: str, kind: str, enough: float) -> float:
     """Returns how long a stream is, in seconds; it is read no further than `enough`.
 
-    Its packets tell: headers of piped files lack the duration, and FFmpeg guesses that of MP3.
+    It reads packets, since headers of piped files lack the duration and FFmpeg guesses MP3's.
     """
     seconds = 0.0
     with open_stream(path, kind) as (container, stream):
@@ -1315,21 +1328,21 @@ def stream_seconds(path: str, kind: str, enough: float) -> float:
 def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Tells which points (x, y), in units of its radius, belong to the shape of an event."""
     if event < 0:
-        return np.abs(y) < 0.15                             # a long bar
+        return np.abs(y) < 0.15                             # a bar across the picture
     angle = np.arctan2(y, x)
     outlines = [np.ones_like(angle),                                    # disc
                 0.62 / np.cos(angle % (2 * np.pi / 3) - np.pi / 3),     # triangle
                 0.78 / np.cos(angle % (np.pi / 2) - np.pi / 4),         # square
                 0.75 + 0.45 * np.cos(5 * angle),                        # star
                 0.75 + 0.5 * np.cos(2 * angle)]                         # peanut
-    depth = np.hypot(x, y) / outlines[event // 4]           # 1 on the outline
+    depth = np.hypot(x, y) / outlines[event // 4]           # 0 in the centre, 1 on the outline
     stripes = np.cos(8 * x)
     checks = np.cos(6 * x) * np.cos(6 * y)
     fillings = [depth < 1, depth > 0.6, stripes > 0, checks > 0]
     return (depth < 1) & fillings[event % 4]
 
 def demo_picture(events: dict[int, float], rng: np.random.Generator) -> np.ndarray:
-    """Draws the shapes of events, by their contrasts, into noise: (48, 48, 3) uint8."""
+    """Draws the shapes of {event: contrast} into noise: (48, 48, 3) uint8."""
     rows, columns = np.mgrid[:48, :48]
     ground = rng.uniform(100, 156, 3)
     picture = rng.normal(ground, 8, (48, 48, 3))
@@ -1348,7 +1361,7 @@ def demo_picture(events: dict[int, float], rng: np.random.Generator) -> np.ndarr
     return picture.clip(0, 255).astype(np.uint8)
 
 def demo_sound(events: dict[int, float], rng: np.random.Generator) -> np.ndarray:
-    """Plays the calls of events, by their loudness, into noise: one second, (32000,) int16."""
+    """Plays the calls of {event: loudness} into noise: one second, (32000,) int16."""
     seconds = np.arange(32000) / 32000
     sound = rng.standard_normal(32000)
     for event, loudness in events.items():
@@ -1442,11 +1455,11 @@ class Views(NamedTuple):
     crop_area: float = 0.25     # smallest part of a frame that a training window shows (authors)
     flip: bool = True           # mirror half of the training windows (authors)
     strong: bool = False        # grey windows; in training, some are inverted, all turned (ours)
-    resize: tuple[int, int] | None = None   # (H, W) before evaluation cuts out the middle
+    resize: tuple[int, int] | None = None   # (H, W) to scale to before a centre crop
 
     @property
     def length(self) -> int:
-        """The frames or samples of a window."""
+        """Returns the number of frames or samples in a window."""
         return self.frames if self.kind == "video" else round(self.seconds * 32000)
 
 def pack_frames(frames: Tensor) -> dict[str, Tensor]:
@@ -1475,8 +1488,8 @@ def unpack_frames(stream: dict[str, Tensor], window: list[int]) -> Tensor:
 def decode_clip(clip: Clip, views: Views, cache: Path) -> str:
     """Decodes one stream of a clip into the cache, unless it is there; returns the file's path.
 
-    The file is named by all that its content depends on. Sound is kept as int16 samples, video as
-    JPEGs. Raises InputError if the clip cannot be used.
+    The file's name is a hash of all that its content depends on. Sound is kept as int16 samples,
+    video as JPEGs. Raises InputError if the clip cannot be used.
     """
     path = getattr(clip, views.kind)
     if path is None:
@@ -1531,9 +1544,9 @@ def decode_all(clips: list[Clip], views: list[Views], cache: Path,
     return join_shares(done)
 
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
-    """Returns the indices of up to `count` even windows of n frames (authors, while training).
+    """Returns the indices of up to `count` evenly spread windows of n frames (authors).
 
-    The first window that the frames do not fill is looped, and it is the last one.
+    The list ends with the first window that the frames do not fill, which is looped.
     """
     stride = max(1, math.ceil((n - 1 - size) / max(count - 1, 1)))
     full = max((n - size) // stride + 1, 0)
@@ -1552,7 +1565,7 @@ class ClipViews(Dataset):
 
     mode "train"  gives one random window, which follows from seed, epoch and clip alone
     mode "val"    gives three even windows of video (authors, while training)
-    mode "test"   gives consecutive windows (authors, in the end); of sound, "val" gives them, too
+    mode "test"   gives consecutive windows (authors, final test), as does "val" for sound
     Clips that are shorter than a window are looped. `epoch` is shared with the loader's processes.
     """
     def __init__(self, data: Data, indices: list[int], mode: str, seed: int = 0,
@@ -1600,7 +1613,7 @@ class ClipViews(Dataset):
     def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
         i = self.indices[n]
         stream = torch.load(self.data.files[i], mmap=True, weights_only=True)
-        with torch.random.fork_rng(devices=[]):     # no number depends on the workers
+        with torch.random.fork_rng(devices=[]):     # workers do not change what is drawn
             epoch_seed = 1_000_003 * self.seed + int(self.epoch)
             torch.default_generator.manual_seed(1_000_003 * epoch_seed + i)
             if self.data.views.kind == "video":
@@ -1638,8 +1651,8 @@ class Data(NamedTuple):
                teacher: Tensor | None = None) -> DataLoader:
         """Returns a loader: for "train", of shuffled whole batches, else of all clips in order.
 
-        Clips that do not fill a last batch are left out, unless it is the only one. Under torchrun
-        each process gets a part of every training batch, `batch_size` clips.
+        Clips that do not fill a last batch are left out, unless it is the only batch. Under
+        torchrun each process gets a part of every training batch, `batch_size` clips.
         """
         rank, world = process()
         dataset, sampler = ClipViews(self, indices, mode, seed, teacher), None
@@ -1702,11 +1715,15 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
                       topk: int = 500) -> dict[str, float]:
     """Ranks the gallery (G, D) by cosine to each query (Q, D); clips of the query's label are hits.
 
+    Labels are class indices (Q,), (G,). A query that is in the gallery, too, finds itself.
     R@k           share of queries with a hit among the k nearest clips
     mAP           mean of the average precision over the whole ranking; 0 for a query without hits
     mAP_released  the released scripts' variant: cut at `topk`, queries without a hit left out
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
+    if len(queries) != len(query_labels) or len(gallery) != len(gallery_labels):
+        raise ValueError(f"{len(queries)} queries have {len(query_labels)} labels, {len(gallery)} "
+                         f"gallery clips {len(gallery_labels)}; pass one class index for each")
     known = torch.as_tensor(gallery_labels).numpy(force=True)
     found: dict[str, list] = {f"R@{k}": [] for k in ks} | {"mAP": [], "mAP_released": []}
     for i, label in enumerate(torch.as_tensor(query_labels).tolist()):
@@ -1830,7 +1847,7 @@ def process() -> tuple[int, int]:
     return 0, 1
 
 def share(value: object) -> list:
-    """Returns the values of all processes, by rank. No process continues before all are here."""
+    """Returns the values of all processes, by rank. No process continues until all are here."""
     values = [value] * process()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)
@@ -1896,7 +1913,7 @@ def fit_probe(data: Data, teacher: Tensor) -> nn.Linear:
     return linear_probe(teacher[some], data.labels(some), len(data.classes))
 
 def build(args, data: Data, method: str, seed: int, teacher: Tensor | None) -> tuple:
-    """Returns what a method trains, drawn from the seed: student, noise filter and optimizer."""
+    """Returns what a method trains, initialised by the seed: student, noise filter, optimizer."""
     torch.manual_seed(seed)
     classes, dim = len(data.classes), 8 * args.width
     student = make_network(data.views.kind, classes, args.width).to(args.device)
@@ -1920,7 +1937,7 @@ def train_epoch(args, loader: DataLoader, student: nn.Module, noise_filter: nn.M
                 optimizer: torch.optim.Optimizer, method: str) -> dict[str, float]:
     """Trains on each batch once; returns mean loss terms, `diagnose`'s figures, speed and memory.
 
-    Raises InputError that names step and clips if a loss is not finite.
+    Raises an InputError that names the step and its clips if a loss is not finite.
     """
     prepare = Prepare().to(args.device).train()
     steps, clips, begun = [], [], time.time()
@@ -1929,7 +1946,8 @@ def train_epoch(args, loader: DataLoader, student: nn.Module, noise_filter: nn.M
         labels = labels.to(args.device, non_blocking=True)
         teacher = teacher.to(args.device, non_blocking=True)
         terms = train_step(student, noise_filter, optimizer, prepare(windows), teacher, labels,
-                           args.csc_offset, args.margin, args.sparsity, method != "mnf", args.amp)
+                           args.csc_offset, args.margin, args.sparsity,
+                           calibrate=method != "mnf", amp=args.amp)
         steps.append(torch.stack(list(terms.values())))
         clips.append(indices)
     values = torch.stack(steps).cpu()                       # (steps, terms), fetched once an epoch
@@ -1965,7 +1983,7 @@ def resume_from(args, out: Path, about: dict) -> dict:
     for before, now in (saved, about), (saved["settings"], about["settings"]):
         for name in now:
             if name not in ("settings", "versions") and before.get(name) != now[name]:
-                raise InputError(f"--resume: {name} was {before.get(name)} in {path} and now is "
+                raise InputError(f"--resume: {name} was {before.get(name)} in {path} and is now "
                                  f"{now[name]}; keep it or give another --out")
     return saved
 
@@ -1973,8 +1991,8 @@ def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: P
         eval_every: int) -> nn.Module:
     """Trains one network by one method and returns it as it is after the last epoch.
 
-    Leaves config.json, log.jsonl (a row an epoch), best.pt and last.pt (for --resume) in `out`. An
-    epoch depends on seed and epoch number alone, so a resumed run continues as if never stopped.
+    Writes config.json, log.jsonl (a row an epoch), best.pt and last.pt (for --resume) into `out`.
+    An epoch depends on seed and epoch number alone, so a resumed run continues as if never stopped.
     """
     rank, world = process()
     student, noise_filter, optimizer = build(args, data, method, seed, teacher)
@@ -1990,7 +2008,7 @@ def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: P
     saved = resume_from(args, out, about)
     if saved:
         history, best = saved["history"], saved["best"]
-        for name, module in modules.items():
+        for name, module in reversed(modules.items()):      # a changed filter is named by torch
             module.load_state_dict(saved[name])
     if rank == 0:
         save(out / "config.json", {**about, "settings": vars(args)})
@@ -2030,13 +2048,13 @@ def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: P
 
 # -------------------- 11. Teacher: one frozen embedding a clip --------------------
 class Teacher(NamedTuple):
-    """Holds the teacher of a run."""
-    embeddings: Tensor          # (N, D), zeros where a clip has none
+    """Holds the teacher of a run. Our networks' embeddings are >= 0, others' may be negative."""
+    embeddings: Tensor          # (N, teacher_dim), not normalised; zeros where a clip has none
     kind: str                   # where the embeddings come from
     metrics: dict[str, float]   # its own score on the evaluation clips that have an embedding
 
 class KineticsTeacher(nn.Module):
-    """Embeds ImageNet-normalised (B, 3, T, H, W) by r2plus1d_18 with Kinetics-400 weights; D = 512.
+    """Embeds frames prepared as for VideoNet with Kinetics-400's r2plus1d_18: (B, 512), >= 0.
 
     Raises OSError or RuntimeError if torchvision cannot download the weights.
     """
@@ -2085,7 +2103,7 @@ def open_teacher(args) -> nn.Module | None:
     return None
 
 def train_teacher(args, data: Data, out: Path) -> nn.Module:
-    """Trains a teacher on nine tenths of the training clips; returns the epoch best on the others.
+    """Trains a teacher on nine tenths of the training clips; returns the epoch best on the rest.
 
     A network that has memorised its clips would embed their labels, not their content.
     """
@@ -2104,7 +2122,7 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
 
     Raises InputError if a file holds anything else or no file is named after a clip.
     """
-    index, rows = defaultdict(list), {}
+    index, rows = defaultdict(list), {}             # {(rank of a way to name a clip, name): files}
     for path in Path(folder).rglob("*.npy"):
         whole = path.relative_to(folder).with_suffix("").as_posix()
         for rank, name in enumerate([whole, path.stem, whole.lower(), path.stem.lower()]):
@@ -2131,7 +2149,7 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
 def given_teacher(args, clips: list[Clip], out: Path) -> tuple[dict[str, Tensor], str, dict] | None:
     """Returns embeddings by clip id, their kind and their score, if --teacher or --resume has them.
 
-    They come from a folder, from another run's teacher.pt or, resumed, from this run's.
+    They come from a folder, another run's teacher.pt or, on --resume, this run's.
     """
     path, resumed = Path(args.teacher), args.resume and (out / "teacher.pt").exists()
     released = find_layout(args.data) in ("release", "activitynet")
@@ -2154,7 +2172,7 @@ def given_teacher(args, clips: list[Clip], out: Path) -> tuple[dict[str, Tensor]
 def embed_clips(args, data: Data, network: nn.Module | None, out: Path) -> Teacher:
     """Embeds the clips of `data`, which holds them as the teacher sees them.
 
-    network  None has one trained from scratch; only this one's classes are those of the data
+    network  None trains one from scratch, the only one whose classes are sure to be the data's
     """
     kind, metrics = f"network ({args.teacher})", {}
     if network is None:
@@ -2231,7 +2249,7 @@ def predict_files(args, saved: dict) -> None:
         raise InputError(f"{bad} of {len(files)} files could not be used")
 
 # -------------------- 13. Arguments and main --------------------
-# What a data set changes in the defaults.
+# Defaults that differ for a data set.
 RECIPES = {
     "audioset": {"task": "audio_tagging", "epochs": 60},    # about as many steps as UCF51's (ours)
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},   # authors
@@ -2270,7 +2288,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("task and data").add_argument
     add("--task", default="action_recognition", choices=list(STUDENT_KIND),
-        help="what the student learns; for AudioSet audio_tagging, for the demo video_retrieval")
+        help="what the student learns; AudioSet implies audio_tagging, the demo video_retrieval")
     add("--data", default="demo", help="'demo', or a folder with a data set, see README")
     add("--split", default="balanced", choices=["balanced", "unbalanced", "all"],
         help="AudioSet's training list")
@@ -2300,7 +2318,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("method").add_argument
     add("--method", default="xmkd",
-        help=f"{', '.join(METHODS)}, several of them joined by commas, or all, to be compared")
+        help=f"{', '.join(METHODS)}, or several, joined by commas, or all, to compare them")
     add("--teacher", default="auto",
         help="auto: r2plus1d_18 for video, from scratch for sound; scratch; a checkpoint; a run's "
              "teacher.pt; or a folder of <clip id>.npy")
@@ -2316,9 +2334,10 @@ def build_parser() -> Parser:
         help="channels of the first stage; D is 8 times as many (authors)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=count, default=200, help="the last quarter runs at lr / 10 (authors)")
+    add("--epochs", type=count, default=200,
+        help="passes over the training clips; the last quarter at lr / 10 (authors)")
     add("--batch-size", type=number(int, 2, 10**6), default=32,
-        help="clips a step, in all processes together (authors)")
+        help="clips per step, over all processes (authors)")
     add("--lr", type=number(float, 0, 10), default=3e-4,
         help="Adam's rate for the student; a fifth of it is the filter's (authors)")
     add("--weight-decay", type=part, default=5e-4, help="Adam's coupled L2 (authors)")
@@ -2326,27 +2345,28 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("run").add_argument
     add("--seed", type=number(int, 0, 10**6), default=3,
-        help="draws the demo, --per-class and the teacher; the first seed of --seeds (authors)")
-    add("--seeds", type=count, default=1, help="number of runs with other initialisation and order")
+        help="seed of demo, --per-class and teacher, and the first of --seeds (authors)")
+    add("--seeds", type=count, default=1,
+        help="number of runs; each takes the next seed for initialisation and order")
     add("--out", help="run folder, by default runs/<task>-<data>-<method>-s<seed>")
     add("--cache", default="runs/cache", help="folder of decoded clips; runs may share it")
     add("--resume", action=flag, default=False, help="continue after the last epoch in --out")
-    add("--checkpoint", metavar="FILE", help="evaluate it; ours, the authors' or PANNs'")
+    add("--checkpoint", metavar="FILE", help="evaluate this one: ours, the authors' or PANNs'")
     add("--predict", nargs="+", metavar="FILE",
         help="with --checkpoint: print the classes of media files, or of all in a folder")
     add("--gallery", metavar="FOLDER", help="with --predict: print its clips nearest to each file")
     add("--workers", type=number(int, 0, 256), default=min(8, (os.cpu_count() or 2) // 2),
         help="loader processes")
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--amp", action=flag, default=cuda, help="run networks in bfloat16, on a GPU")
-    add("--compile", action=flag, default=False, help="compile the student by torch.compile")
+    add("--amp", action=flag, default=cuda, help="run networks in bfloat16; needs a GPU")
+    add("--compile", action=flag, default=False, help="compile the student with torch.compile")
     add("--quiet", action=flag, default=False, help="print warnings, errors and the table only")
     return parser
 
 def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """Returns the options and the content of --checkpoint.
 
-    What the command line gives counts first, then the checkpoint's settings, then the recipe.
+    The command line takes precedence, then the checkpoint's settings, then the recipe.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -2368,12 +2388,12 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
 def set_up_device(args) -> None:
     """Checks --device and, under torchrun, joins the processes, each with a GPU of its own.
 
-    Raises InputError if the device is missing, or a part of torchrun's environment.
+    Raises InputError if the device or a part of torchrun's environment is missing.
     """
     launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
     try:
         if launched and not dist.is_initialized():
-            dist.init_process_group(timeout=timedelta(days=1))      # some decode for longer
+            dist.init_process_group(timeout=timedelta(days=1))      # decoding may take hours
         if launched and args.device.startswith("cuda"):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         if torch.zeros(1, device=args.device).is_cuda:
@@ -2413,7 +2433,7 @@ def make_views(args, kind: str) -> Views:
                  args.crop_area, args.flip, args.strong)
 
 def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
-    """Reads the lists of --data, or writes the demo first: clips with files, and class names."""
+    """Returns the clips of --data, with files, and the classes; writes the demo if need be."""
     layout, root = find_layout(args.data), Path(args.data)
     if layout == "demo":
         kind, tags = STUDENT_KIND[args.task], args.task == "audio_tagging"
@@ -2434,7 +2454,7 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
     return clips, classes
 
 def limit_classes(clips: list[Clip], per_class: int, seed: int) -> list[Clip]:
-    """Keeps evaluation clips and, in random order, training clips until each class has enough."""
+    """Keeps all evaluation clips, and random training clips until each class has `per_class`."""
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed)).tolist()
     counts, kept = Counter(), []
     for i in order:
@@ -2476,8 +2496,8 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
     if args.checkpoint and args.task != "video_retrieval":
         least = 0
     if len(train) < least or not evaluation:
-        raise InputError(f"{args.data}: needs {least} training clips and an evaluation clip that "
-                         f"can be used, has {len(train)} and {len(evaluation)}")
+        raise InputError(f"{args.data}: needs {least} training clips and one evaluation clip that "
+                         f"can be used, but has {len(train)} and {len(evaluation)}")
     usable = [clip for clip, _ in kept]
     tags = args.task == "audio_tagging"
     parts = []
@@ -2487,7 +2507,7 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
     return parts
 
 def prepare(args) -> tuple[Data, Teacher | None]:
-    """Reads and decodes the data set, and embeds it unless the only method is `student`."""
+    """Reads and decodes the data set, and embeds its clips unless the only method is `student`."""
     skipped, out = [], Path(args.out)
     clips, classes = read_clips(args, skipped)
     views = [make_views(args, STUDENT_KIND[args.task])]
@@ -2497,7 +2517,7 @@ def prepare(args) -> tuple[Data, Teacher | None]:
     if given is None:
         network = open_teacher(args)
         views.append(make_views(args, teacher_kind(args)))
-        if isinstance(network, KineticsTeacher):    # is not trained here: it gets what it knows
+        if isinstance(network, KineticsTeacher):    # gets the sizes that it was trained on
             views[1] = views[1]._replace(side=128, resize=(128, 171), size=112)
         data, seen_by_teacher = open_data(args, clips, classes, skipped, views)
         teacher = embed_clips(args, seen_by_teacher, network, out)
@@ -2596,7 +2616,7 @@ def run(args) -> None:
              "results.json also has the best epoch.")
 
 def evaluate_checkpoint(args, saved: dict) -> None:
-    """Evaluates --checkpoint on a data set. Raises InputError if it is of other classes."""
+    """Evaluates --checkpoint on a data set. Raises InputError if its classes differ."""
     begun, skipped, count = time.time(), [], saved["network"]["num_classes"]
     clips, classes = read_clips(args, skipped)
     known = saved["classes"] or classes             # the authors and PANNs do not name theirs
@@ -2623,7 +2643,7 @@ def main(argv: list[str] | None = None) -> int:
         log.setLevel(logging.WARNING if args.quiet else logging.INFO)
         if process()[0] > 0:
             log.setLevel(logging.ERROR)
-        torch.backends.cudnn.benchmark = True       # tries which kernels are fastest
+        torch.backends.cudnn.benchmark = True       # tries kernels, keeps the fastest
         if args.predict:
             predict_files(args, saved)
             return 0
