@@ -1661,6 +1661,7 @@ class Data(NamedTuple):
         return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers,
                           collate_fn=join_clips, persistent_workers=workers > 0,
                           pin_memory=torch.cuda.is_available(),
+                          generator=torch.Generator(),      # leaves torch's own to SpecAugment
                           drop_last=mode == "train" and len(indices) >= batch_size * world)
 
 # -------------------- 8. Metrics (between 0 and 1, except d') --------------------
@@ -2293,10 +2294,9 @@ def build_parser() -> Parser:
     add("--split", default="balanced", choices=["balanced", "unbalanced", "all"],
         help="AudioSet's training list")
     add("--fold", type=int, default=1, choices=[1, 2, 3], help="UCF-101's split")
-    add("--noise", type=part, default=0.3,
-        help="demo: share of clips with noise in the teacher's modality")
+    add("--noise", type=part, default=0.3, help="demo: share of clips whose teacher is noisy")
     add("--mismatch", type=part, default=0.2,
-        help="demo: share of training clips whose teacher's modality shows something else")
+        help="demo: share of training clips whose teacher sees something else")
     add("--per-class", type=count, metavar="N",
         help="train on N clips of each class, drawn by --seed")
     add("--max-skipped", type=part, default=0.2, help="share of clips that may be unreadable")
