@@ -2257,7 +2257,7 @@ RECIPES = {
     "demo": {"task": "video_retrieval", "method": "student,xmkd", "teacher": "scratch",
              "teacher_epochs": 14, "frames": 1, "fps": 1.0, "size": 40, "frame_side": 48,
              "crop_area": 0.5, "flip": False, "seconds": 1.0, "width": 8, "lr": 1e-3,
-             "weight_decay": 1e-5, "eval_every": 20},
+             "weight_decay": 1e-5, "eval_every": 50},
 }
 
 class Parser(argparse.ArgumentParser):
@@ -2643,6 +2643,8 @@ def main(argv: list[str] | None = None) -> int:
         log.setLevel(logging.WARNING if args.quiet else logging.INFO)
         if process()[0] > 0:
             log.setLevel(logging.ERROR)
+        if "OMP_NUM_THREADS" not in os.environ:     # half of the cores are left to the loader
+            torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
         torch.backends.cudnn.benchmark = True       # tries kernels, keeps the fastest
         if args.predict:
             predict_files(args, saved)
