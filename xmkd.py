@@ -2225,14 +2225,16 @@ def predict_files(args, saved: dict) -> None:
     clips = [Clip(path, (0,), "eval", path, path, cut=True) for path in files + gallery]
     views = make_views(args, kind)
     decoded = decode_all(clips, [views], Path(args.cache), args.workers)
-    usable = [i for i, (files, _) in enumerate(decoded) if files]
+    usable = [i for i, (cached, _) in enumerate(decoded) if cached]
     names = saved["classes"] or [f"class {k}" for k in range(count)]
-    cached = ["".join(files) for files, _ in decoded]
-    data = Data(clips, names, kind == "audio", [], usable, views, cached)
+    paths = ["".join(cached) for cached, _ in decoded]
+    data = Data(clips, names, kind == "audio", [], usable, views, paths)
     if usable:
         scores, embeddings = predict(args, restore(saved, args.device), data, usable)
     rows = {i: k for k, i in enumerate(usable)}             # clip i is in row k of the result
     found = [i for i in usable if i >= len(files)]
+    if gallery and not found:
+        raise InputError(f"--gallery {args.gallery}: no clip can be used: {decoded[-1][1]}")
     if found:
         names = [clips[i].id for i in found]
         scores = cosine_matrix(embeddings, embeddings[[rows[i] for i in found]])
