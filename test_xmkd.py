@@ -368,7 +368,9 @@ def test_missing_and_repeated_clips_are_reported_and_the_share_found_is_told(tmp
     skipped = []
     layout, clips, _ = xmkd.read_data(tmp_path, split="unbalanced", skipped=skipped)
     assert (layout, files_of(clips[0])) == ("audioset", ["aaaaaaaaaa0.wav", None])
-    assert skipped == [("aaaaaaaaaa1", "missing: no file has the name of this training clip"),
+    copy = str(tmp_path / "B/aaaaaaaaaa0.wav")
+    assert skipped == [(copy, "not used: other files of this clip come first"),
+                       ("aaaaaaaaaa1", "missing: no file has the name of this training clip"),
                        ("aaaaaaaaaa0", "listed twice: the first row counts")]
     assert xmkd.coverage(clips, skipped).startswith("found 1 of 2 training clips (50.0 %)")
 
@@ -426,7 +428,7 @@ def test_activitynet_segments_are_clips_cut_out_or_parts_of_the_whole_video(tmp_
         ("v_-bbb_0", (0,), "-bbb.mp4", 1.5, 9, False)]
     assert [name for name, _ in skipped] == ["v_x_0"]
 
-def test_files_of_one_name_are_a_pair_or_two_recordings(tmp_path):
+def test_files_of_one_name_are_one_clip_and_those_that_it_does_not_need_are_listed(tmp_path):
     put_empty(tmp_path, "train/cat/pair.mp4 train/cat/pair.wav train/stray.mp4 val/dog/x/1.mkv")
     put(tmp_path, "val/dog/c.m4a")
     for name in "a.mov", "a.avi", "b.avi", "b.temp.avi":
@@ -437,10 +439,10 @@ def test_files_of_one_name_are_a_pair_or_two_recordings(tmp_path):
     assert (layout, classes) == ("folder", ["cat", "dog"])
     assert {clip.id: files_of(clip) for clip in clips} == {
         "train/cat/pair": ["pair.wav", "pair.mp4"], "val/dog/x/1": ["1.mkv", "1.mkv"],
-        "val/dog/a.avi": ["a.avi", "a.avi"], "val/dog/a.mov": ["a.mov", "a.mov"],
-        "val/dog/b": ["b.avi", "b.avi"], "val/dog/c": ["c.m4a", None]}
-    assert [clip.split for clip in clips] == ["train"] + 5 * ["eval"]
-    assert [Path(path).name for path, _ in skipped] == ["stray.mp4", "b.temp.avi"]
+        "val/dog/a": ["a.avi", "a.avi"], "val/dog/b": ["b.avi", "b.avi"],
+        "val/dog/c": ["c.m4a", None]}
+    assert [clip.split for clip in clips] == ["train"] + 4 * ["eval"]
+    assert [Path(path).name for path, _ in skipped] == ["stray.mp4", "a.mov", "b.temp.avi"]
 
 def test_any_list_is_read_as_clips_csv(tmp_path):
     put_empty(tmp_path, "media/2.mp4 a/1.webm b/1.webm")

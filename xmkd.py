@@ -902,74 +902,48 @@ def split_name(path: str) -> tuple[str, bool]:
     is_part = mark == ".temp" or (mark.startswith(".f") and number.isdecimal())
     return (name if is_part else stem), is_part
 
-def streams_in(path: str) -> set[str]:
-    """Returns which of "audio" and "video" a file holds; nothing if it cannot be opened."""
+def streams_in(path: str, look: bool = True) -> set[str]:
+    """Returns which of "audio" and "video" a file holds: by its ending, films also by a look."""
     if path.lower().endswith(SOUND_FILES):
         return {"audio"}
     if path.lower().endswith(FRAME_FILES):
         return {"video"}
-    held = set()
-    for kind in ("audio", "video"):
-        with suppress(InputError), open_stream(path, kind):
-            held.add(kind)
+    held = {"audio", "video"}
+    for kind in sorted(held) if look else []:
+        try:
+            with open_stream(path, kind):
+                pass
+        except InputError:
+            held.remove(kind)
     return held
 
-def recordings(paths: list[str]) -> list[tuple[str | None, str | None]]:
-    """Sorts files of one name into recordings: (file with the sound, file with the pictures).
-
-    A file with both is a recording, and so are one file with sound and one with pictures. Endings
-    tell which is which, or the content if several files may hold pictures. A part that
-    yt-dlp left behind is used only if no other file holds the same streams.
-    """
-    sounds = [path for path in paths if path.lower().endswith(SOUND_FILES)]
-    films = [path for path in paths if path.lower().endswith(FILM_FILES)]
-    if len(paths) == len(films) == 1:
-        return [(paths[0], paths[0])]
-    if len(paths) == len(sounds) == 1:
-        return [(paths[0], None)]
-    parts = [path for path in paths if split_name(path)[1]]
-    if len(sounds) == len(films) == 1 and len(paths) == 2 and not parts:
-        return [(sounds[0], films[0])]
-
-    streams = {path: streams_in(path) for path in paths}
-    used, known = [], set()
-    for path in sorted(paths, key=lambda path: (path in parts, -len(streams[path]))):
-        is_left_over = path in parts and streams[path] <= known
-        if not is_left_over or not used:
-            used.append(path)
-            known |= streams[path]
-    sound_only = [path for path in used if streams[path] == {"audio"}]
-    with_pictures = [path for path in used if "video" in streams[path]]
-    if len(sound_only) == len(with_pictures) == 1:
-        return [(sound_only[0], with_pictures[0])]
-    pairs = []
-    for path in used:
-        kinds = streams[path] or {"audio", "video"}     # `load_stream` says why it cannot be read
-        audio = path if "audio" in kinds else None
-        video = path if "video" in kinds else None
-        pairs.append((audio, video))
-    return pairs
-
-def report_unused(paths: list[str], used: set[str | None], skipped: list) -> None:
-    """Appends the files that are not used to `skipped`, except copies in other folders."""
-    copies = {(os.path.basename(path), os.path.getsize(path)) for path in used if path}
-    for path in paths:
-        name_and_size = os.path.basename(path), os.path.getsize(path)
-        if name_and_size not in copies:
-            skipped.append((path, "not used: other files of this name come first"))
-
 def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> Clip:
-    """Returns the clip with its files, chosen among {path: cut}; those cut to it come first."""
-    paths = sorted(cut_of, key=lambda path: (not cut_of[path], len(path), path))
-    audio = video = None
-    for sound, pictures in recordings(paths):
-        audio = audio or sound
-        video = video or pictures
-    if len(paths) > 1:
-        report_unused(paths, {audio, video}, skipped)
-    cuts = {cut_of[path] for path in (audio, video) if path}
+    """Returns the clip with a file for its sound and one for its pictures, out of {path: cut}.
+
+    Files that are cut to the clip come first, parts that yt-dlp left behind last. Sound files come
+    before films, and films with sound before silent ones. The others are named in `skipped`.
+    """
+    parts = [path for path in cut_of if split_name(path)[1]]
+    films = [path for path in cut_of if path.lower().endswith(FILM_FILES)]
+    look = len(films) > 1 or len(parts) > 0         # else it would take an hour for nothing
+    held = {path: streams_in(path, look) for path in cut_of}
+
+    def rank(path: str) -> tuple:
+        streams = held[path]
+        return not cut_of[path], path in parts, "video" in streams, -len(streams), len(path), path
+
+    files = {}
+    for path in sorted(cut_of, key=rank):
+        for kind in held[path]:
+            files.setdefault(kind, path)
+    if not files:                                   # decoding says why it cannot be read
+        files = {"audio": path, "video": path}
+    for path in cut_of:
+        if path not in files.values():
+            skipped.append((path, "not used: other files of this clip come first"))
+    cuts = {cut_of[path] for path in files.values()}
     cut = cuts.pop() if len(cuts) == 1 else None
-    return clip._replace(audio=audio, video=video, cut=cut)
+    return clip._replace(**files, cut=cut)
 
 def match_name(path: str) -> tuple[list[str], None]:
     """Returns the ids that a file may have, its path or its name without the ending."""
@@ -1172,8 +1146,7 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
 def read_folder(root: str | Path, skipped: list | None = None) -> DataSet:
     """Reads a folder of folders, train/<label>/* and val/<label>/*: one label a clip.
 
-    Files of one name are one clip if one has the sound and one the pictures, and several clips
-    otherwise. Raises InputError if there is no media file.
+    Files of one name in one folder are one clip. Raises InputError if there is no media file.
     """
     skipped = [] if skipped is None else skipped
     groups = defaultdict(list)
@@ -1189,13 +1162,8 @@ def read_folder(root: str | Path, skipped: list | None = None) -> DataSet:
     clips = []
     for name, paths in groups.items():
         part, label, *_ = name.split("/")
-        split = "train" if part == "train" else "eval"
-        labels = (classes.index(label),)
-        pairs = recordings(paths)
-        for audio, video in pairs:
-            key = name if len(pairs) == 1 else os.path.relpath(video or audio, root)
-            clips.append(Clip(key, labels, split, audio, video))
-        report_unused(paths, {path for pair in pairs for path in pair}, skipped)
+        clip = Clip(name, (classes.index(label),), "train" if part == "train" else "eval")
+        clips.append(choose_files(clip, dict.fromkeys(paths), skipped))
     return clips, classes
 
 def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
