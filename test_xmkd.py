@@ -1,8 +1,4 @@
-"""Tests of xmkd.py, in the order of its sections.
-
-Tests that need the folder XMKD_TESTDATA, with the authors' numbers and media with right values, are
-skipped where it is not set.
-"""
+"""Tests of xmkd.py, in the order of its sections; some need the folder XMKD_TESTDATA."""
 import ast
 import importlib
 import json
@@ -377,7 +373,6 @@ def test_missing_and_repeated_clips_are_reported_and_the_share_found_is_told(tmp
 @pytest.mark.parametrize("row, reason", [
     ("aaaaaaaaaa0, 0, 10, /m/1", "train split is empty; found 0 of 1 training"),
     ("aaaaaaaaaa0, 0, 10, /m/9", "balanced_train_segments.csv:2: unknown label '/m/9'"),
-    ("aaaaaaaaaa0, 9, 5, /m/1", "balanced_train_segments.csv:2: expected id, start, end"),
     ("#NAME?, 0, 10, /m/1", "balanced_train_segments.csv:2: expected id, start, end")])
 def test_a_list_that_cannot_be_used_says_why(tmp_path, row, reason):
     audioset(tmp_path, "# YTID\n" + row)
@@ -516,7 +511,7 @@ def test_training_windows_follow_from_seed_and_epoch_alone(tmp_path, demo, kind)
 
 def test_evaluation_windows_follow_one_another(tmp_path):
     path = write_video(tmp_path / "a.mkv")              # 16 frames, that is 8 windows of two
-    windows = read_windows(path, tmp_path, "video", "test", strong=True)
+    windows = read_windows(path, tmp_path, "video", "test")
     assert windows.shape == (8, 2, 3, 32, 32)
     assert shown(windows.flatten(0, 1)) == shown(xmkd.decode_video(path))
     # one second of sound in windows of 0.6 s: the rest of 0.4 s is more than half, so it is looped
@@ -524,6 +519,11 @@ def test_evaluation_windows_follow_one_another(tmp_path):
     sound = read_windows(path, tmp_path, "audio", "test")
     assert sound.shape == (2, 19200)
     assert torch.equal(sound[1, 12800:], sound[1, :6400])
+
+def test_strong_windows_are_grey_and_of_full_contrast(tmp_path, demo):
+    windows = read_windows(demo / "0003.avi", tmp_path, "video", "test", strong=True)
+    assert torch.equal(windows[:, :, 0], windows[:, :, 2])
+    assert windows.max() > 200 and windows.min() < 50
 
 # -------------------- 8. Metrics --------------------
 def test_map_and_auc_agree_with_loops_that_count_ties():
@@ -821,7 +821,7 @@ DEFINITIONS = {n.name: n for n in NODES if isinstance(n, (ast.FunctionDef, ast.C
 TO_TAKE = [name for name, node in DEFINITIONS.items()
            if sum(banner < node.lineno for banner in BANNERS) in (1, 2, 3, 4, 8)]
 LARGE = ["VideoNet", "AudioNet", "make_network", "train_step", "Distiller"]
-LINES = 2700            # the goal of the design is 1,650
+LINES = 2600            # the goal of the design is 1,650
 
 def names_in(node):
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
@@ -847,7 +847,7 @@ def test_a_function_runs_below_the_imports_with_what_it_calls(name):
         if part.name != name:
             dragged.update(range(part.lineno, part.end_lineno + 1))
     is_large = name in LARGE or "decode_frames" in needed
-    assert len(dragged & CODE) <= (140 if is_large else 40)             # the design says 120
+    assert len(dragged & CODE) <= (120 if is_large else 40)
 
 def test_the_file_is_as_light_as_it_promises():
     for name, length in ("xmkd.py", LINES), ("test_xmkd.py", 900), ("README.md", 240):
@@ -883,7 +883,6 @@ def test_the_commands_in_readme_parse():
 def test_the_examples_in_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     matplotlib, write_demo = MagicMock(), xmkd.write_demo
-    matplotlib.pyplot.subplots.return_value = (None, MagicMock())
     monkeypatch.setitem(sys.modules, "matplotlib", matplotlib)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", matplotlib.pyplot)
     monkeypatch.setattr(xmkd, "write_demo", lambda *given: write_demo(*given, 40, 20))

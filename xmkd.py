@@ -46,6 +46,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -553,24 +554,20 @@ class Prepare(nn.Module):
 
 # -------------------- 4. Media: from files to tensors, by FFmpeg (PyAV) --------------------
 @contextmanager
-def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator[tuple]:
-    """Opens the best "audio" or "video" stream of a local file and yields (container, stream).
+def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
+    """Opens a local file and yields the "audio" or "video" stream that FFmpeg would choose.
 
     seek  seconds since the file's start; reading begins there or earlier
     Whatever fails inside the `with` block becomes an InputError that names the file.
     """
+    options = {"protocol_whitelist": ""}        # a playlist must not open other files or addresses
     try:
-        if not os.path.isfile(path):
-            raise InputError("it is a folder" if os.path.isdir(path) else "there is no such file")
-        if os.path.getsize(path) == 0:
-            raise InputError("it is empty (0 bytes)")
-        options = {"protocol_whitelist": ""}    # a playlist must not open other files or addresses
         with open(path, "rb") as file, \
                 av.open(file, options=options, metadata_errors="replace") as container:
             stream = choose_stream(container, kind)
             if seek > 0:
                 container.seek(round(seek * av.time_base) + (container.start_time or 0))
-            yield container, stream
+            yield stream
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:                  # PyAV raises a dozen types, depending on the damage
@@ -597,25 +594,23 @@ def find_seek(path: str | Path, kind: str, start: float) -> float:
     A seek can land behind `start` in files that do not tell where decoding can begin: MPEG-TS,
     files without an index or with wrong key flags. So the seek is tried first.
     """
-    for early in (1.0, 20.0):
-        if start <= early:
-            break
-        with suppress(InputError), open_stream(path, kind, start - early) as (container, stream):
-            frames = decode_frames(container, stream, start, start)
-            seconds, _ = next(frames, (math.inf, None))
-            if seconds <= start:
-                return start - early
+    if start > 1:
+        with suppress(InputError), open_stream(path, kind, start - 1) as stream:
+            frames = decode_frames(stream, start, start)
+            begin, _, _ = next(frames, (math.inf, 0.0, None))
+            if begin <= start:
+                return start - 1
     return 0.0
 
-def decode_frames(container, stream, start: float, end: float) -> Iterator[tuple]:
-    """Yields (seconds since the file's start, frame) from the container's current position.
+def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
+    """Yields (begin, length, frame) from where the file stands; in seconds since the file's start.
 
     A damaged packet costs its frames, and those of a video up to the next key frame, since they
     build on it. Raises InputError if that takes more than half a second of [start, end).
     """
-    origin = (container.start_time or 0) / av.time_base
+    origin = (stream.container.start_time or 0) / av.time_base
     intact, damaged, following = False, False, 0.0
-    for packet in container.demux(stream):
+    for packet in stream.container.demux(stream):
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
@@ -631,49 +626,43 @@ def decode_frames(container, stream, start: float, end: float) -> Iterator[tuple
             if not intact:
                 continue
             # Raw streams have no times: each frame begins where the one before it ends.
-            seconds = following if frame.time is None else frame.time - origin
-            lost = min(seconds, end) - max(following, start)
+            begin = following if frame.time is None else frame.time - origin
+            lost = min(begin, end) - max(following, start)
             if damaged and lost > 0.5:
                 raise InputError(f"{lost:.1f} s of its {stream.type} are damaged")
             damaged = False
-            following = seconds + frame_seconds(frame, stream)
-            yield seconds, frame
+            if stream.type == "audio":
+                length = frame.samples / frame.sample_rate
+            else:
+                rate = stream.guessed_rate or 25
+                length = float(frame.duration * frame.time_base or 1 / rate)
+            following = begin + length
+            yield begin, length, frame
 
-def frame_seconds(frame, stream) -> float:
-    """Returns how long a frame lasts, in seconds."""
-    if stream.type == "audio":
-        return frame.samples / frame.sample_rate
-    if frame.duration:
-        return float(frame.duration * frame.time_base)
-    return 1 / float(stream.guessed_rate or 25)
+def check_length(stream, start: float, end: float, got: float) -> None:
+    """Raises InputError unless the `got` seconds from `start` on are what the header promises.
 
-def check_length(container, stream, start: float, end: float, got: float) -> None:
-    """Raises InputError unless the `got` seconds from `start` on are what the header promises."""
-    if got <= 0:
-        reach = "the end" if end == math.inf else f"{end:g} s"
-        raise InputError(f"there is no {stream.type} between {start:g} s and {reach}")
-    promised = min(promised_end(container, stream), end) - start
+    In other formats than these the length is FFmpeg's guess, which promises nothing.
+    """
+    if got <= 0.001:
+        raise InputError(f"there is no {stream.type} between {start:g} and {end:g} s")
+    container = stream.container
+    origin = (container.start_time or 0) / av.time_base
+    form = container.format.name.split(",")[0]
+    first = stream.start_time or 0
+    last = -math.inf
+    if form == "matroska" and "DURATION" in stream.metadata:
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        last = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    elif form == "matroska" and len(container.streams) == 1 and not stream.duration:
+        last = (container.duration or 0) / av.time_base     # else a guess, or another stream's
+    elif form == "avi" and stream.frames < 2 ** 30:         # 2 ** 30: unknown, as in a pipe
+        last = (first + stream.frames) * stream.time_base   # `duration` is what truncation left
+    elif form in ("mov", "flac", "aiff") or (form == "mp3" and first):  # LAME's header tells
+        last = (first + (stream.duration or 0)) * stream.time_base
+    promised = min(last - origin, end) - start
     if got < promised - max(0.3, 0.1 * promised):
         raise InputError(f"truncated: {got:.1f} of {promised:.1f} s of {stream.type} are left")
-
-def promised_end(container, stream) -> float:
-    """Returns when the stream ends according to the header, in seconds; 0 if FFmpeg guesses it."""
-    form = container.format.name.split(",")[0]
-    origin = (container.start_time or 0) / av.time_base
-    length = stream.duration or 0
-    if form == "matroska":
-        if "DURATION" in stream.metadata:
-            hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-            return int(hours) * 3600 + int(minutes) * 60 + float(seconds) - origin
-        if length or len(container.streams) > 1:        # a guess by bit rate, or another stream's
-            return 0.0
-        return (container.duration or 0) / av.time_base - origin
-    if form == "avi":                           # a truncated file's duration is what is left
-        length = stream.frames if stream.frames < 2 ** 30 else 0    # 2 ** 30: unknown, as in a pipe
-    lame = form == "mp3" and stream.start_time          # LAME's header tells start and length
-    if lame or form in ("mov", "avi", "flac", "aiff"):
-        return float(((stream.start_time or 0) + length) * stream.time_base) - origin
-    return 0.0
 
 def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None) -> Tensor:
     """Decodes the sound between two times: (samples,) float32, mono, 32 kHz, about -1..1.
@@ -684,18 +673,21 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
     """
     rate = 32000
     end = math.inf if end is None else end
-    with open_stream(path, "audio", find_seek(path, "audio", start)) as (container, stream):
-        parts, written, heard = [], 0, 0
-        frames = decode_frames(container, stream, start, end)
+    parts, written, heard = [], 0, 0
+    with open_stream(path, "audio", find_seek(path, "audio", start)) as stream:
+        frames = decode_frames(stream, start, end)
         for begin, samples in join_frames(frames, end, rate):
-            silence = round((begin - start) * rate) - written
-            samples = samples[max(-silence, 0):]        # not what overlaps or lies before `start`
-            parts.append(np.zeros(max(silence, 0), np.float32))
+            gap = round((begin - start) * rate) - written
+            if gap > 0:
+                samples = np.pad(samples, (gap, 0))
+            else:
+                samples = samples[-gap:]        # not what overlaps or lies before `start`
             parts.append(samples)
-            written += max(silence, 0) + len(samples)
-            heard += len(samples) if begin < end else 0
-        size = round(min(written, (end - start) * rate)) if heard else 0
-        check_length(container, stream, start, end, size / rate)
+            written += len(samples)
+            if begin < end:
+                heard = written
+        size = round(min(written, (end - start) * rate))
+        check_length(stream, start, end, size / rate if heard else 0.0)
         sound = np.concatenate(parts)[:size]
         if not np.isfinite(sound).all():
             raise InputError("its samples are infinite or not a number (NaN); convert it")
@@ -706,24 +698,26 @@ def join_frames(frames: Iterator[tuple], end: float, rate: int) -> Iterator[tupl
 
     The first frame from `end` on is included, because it shows that the sound goes on.
     """
-    stretch, begin, following, source, overlap = [], 0.0, 0.0, 0, 0.0
-    for seconds, frame in frames:
-        gap = abs(seconds - following) > 0.01           # a smaller one is jitter or rounding
-        if stretch and (gap or frame.sample_rate != source):
-            yield begin, resample(np.concatenate(stretch), source, rate)
-            stretch = []
-            overlap += max(following - seconds, 0.0)
-        if overlap > max(0.5, 0.1 * seconds):
+    stretches, overlap = [], 0.0
+    following, source = -math.inf, 0
+    for begin, length, frame in frames:
+        gap = abs(begin - following) > 0.01             # a smaller one is jitter or rounding
+        if gap or frame.sample_rate != source:
+            overlap += max(following - begin, 0.0)
+            following, source, parts = begin, frame.sample_rate, []
+            stretches.append((begin, source, parts))
+        if overlap > max(0.5, 0.1 * begin):
             raise InputError("its timestamps overlap or restart in mid-stream; convert it")
-        if not stretch:
-            begin = following = seconds
-            source = frame.sample_rate
-        stretch.append(to_mono(frame))
-        following += frame.samples / source
-        if seconds >= end:
+        parts.append(to_mono(frame))
+        following += length
+        if begin >= end:
             break
-    if stretch:
-        yield begin, resample(np.concatenate(stretch), source, rate)
+    for begin, source, parts in stretches:
+        frame = av.AudioFrame.from_ndarray(np.concatenate(parts)[None], "fltp", "mono")
+        frame.sample_rate = source
+        resampler = av.AudioResampler("fltp", "mono", rate)
+        resampled = resampler.resample(frame) + resampler.resample(None)
+        yield begin, np.concatenate([part.to_ndarray()[0] for part in resampled])
 
 def to_mono(frame: av.AudioFrame) -> np.ndarray:
     """Returns the mean of a frame's channels, whatever its sample format: (samples,) float32."""
@@ -737,16 +731,6 @@ def to_mono(frame: av.AudioFrame) -> np.ndarray:
         mono /= 2 ** (8 * channels.itemsize - 1)
     return mono.astype(np.float32)
 
-def resample(samples: np.ndarray, source: int, rate: int) -> np.ndarray:
-    """Resamples mono sound from `source` to `rate` Hz."""
-    if source == rate:
-        return samples
-    frame = av.AudioFrame.from_ndarray(samples[None], "fltp", "mono")
-    frame.sample_rate = source
-    resampler = av.AudioResampler("fltp", "mono", rate)
-    parts = resampler.resample(frame) + resampler.resample(None)
-    return np.concatenate([part.to_ndarray()[0] for part in parts])
-
 def decode_video(path: str | Path, start: float = 0.0, end: float | None = None, fps: float = 4.0,
                  side: int = 128) -> Tensor:
     """Decodes the pictures between two times at a fixed rate: (T, 3, H, W) uint8 RGB.
@@ -759,65 +743,64 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     if not fps > 0:
         raise InputError(f"{path}: fps is {fps}, but must be above 0")
     end = math.inf if end is None else end
-    with open_stream(path, "video", find_seek(path, "video", start)) as (container, stream):
-        scalers = [av.video.reformatter.VideoReformatter() for _ in range(2)]
-        pictures, size, stop = [], None, start
-        frames = decode_frames(container, stream, start, end)
-        for begin, stop, frame in show_frames(frames, stream):
+    pictures, size, stop = [], None, start
+    with open_stream(path, "video", find_seek(path, "video", start)) as stream:
+        frames = decode_frames(stream, start, end)
+        for begin, stop, frame in show_frames(frames):
             if not pictures and begin > start + 0.5:
                 raise InputError(f"there is no picture between {start:g} and {begin:g} s")
             stop = min(stop, end)
-            picture = None
-            while start + len(pictures) / fps < stop - 1e-3:        # Matroska rounds to 1 ms
-                if picture is None:
-                    width = frame.width * (stream.sample_aspect_ratio or 1)
-                    size = size or scaled_size(width, frame.height, side)
-                    picture = to_rgb(frame, size, scalers)
-                pictures.append(picture)
+            due = math.ceil((stop - 1e-3 - start) * fps)        # Matroska rounds to 1 ms
+            if due > len(pictures):
+                width = frame.width * (stream.sample_aspect_ratio or 1)
+                size = size or scaled_size(width, frame.height, side)
+                picture = to_rgb(frame, size)
+                pictures += [picture] * (due - len(pictures))
             if stop == end:
                 break
-        check_length(container, stream, start, end, stop - start if pictures else 0.0)
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        check_length(stream, start, end, stop - start)
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
-def show_frames(frames: Iterator[tuple], stream) -> Iterator[tuple]:
+def show_frames(frames: Iterator[tuple]) -> Iterator[tuple]:
     """Yields (begin, stop, frame): the seconds between which each picture is shown.
 
     The k-th picture gets the k-th smallest time: B-frames in AVI carry each other's timestamps. The
     last picture is shown as long as the file tells.
     """
-    times, pictures, begin = [], [], -math.inf
-    for seconds, frame in frames:
-        times.append(seconds)
+    times, pictures = [], []
+    shown, stop = -math.inf, 0.0
+    for begin, length, frame in frames:
+        times = sorted(times + [begin])
         pictures.append(frame)
+        stop = times[-1] + length
         if len(pictures) > 8:                   # reordering spans no more
-            times.sort()
-            if times[0] < begin:
+            if times[0] < shown:
                 raise InputError("its times start again in mid-stream; convert it")
-            begin = times.pop(0)
-            yield begin, times[0], pictures.pop(0)
-    times.sort()
-    if pictures:
-        times.append(times[-1] + frame_seconds(pictures[-1], stream))
-    yield from zip(times, times[1:], pictures)
+            shown = times.pop(0)
+            yield shown, times[0], pictures.pop(0)
+    yield from zip(times, times[1:] + [stop], pictures)
 
 def scaled_size(width: float, height: float, side: int) -> tuple[int, int]:
     """Returns (width, height) for a shorter side of `side` pixels, or unchanged if it has less."""
     scale = min(1.0, side / min(width, height))
     return round(width * scale), round(height * scale)
 
-def to_rgb(frame: av.VideoFrame, size: tuple[int, int], scalers: list) -> np.ndarray:
+def to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
     """Scales a frame to (width, height) and turns it as players do: (H, W, 3) uint8."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if frame.format.name.startswith("yuv"):     # scaling first is four times as fast
-        frame = scalers[0].reformat(frame, *size, threads=1)
-    picture = scalers[1].reformat(frame, *size, "rgb24", threads=1).to_ndarray()
+        frame = frame.reformat(*size, threads=1)
+    picture = frame.reformat(*size, "rgb24", threads=1).to_ndarray()
     if matrix is not None:
         # The pixel (x, y) is shown at (a x + c y, b x + d y): phones turn and mirror with it.
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
         if abs(b) > abs(a):
             picture = picture.swapaxes(0, 1)
             a, d = c, b
-        picture = picture[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+        if a < 0:
+            picture = picture[:, ::-1]
+        if d < 0:
+            picture = picture[::-1]
     return picture
 
 def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
@@ -826,17 +809,19 @@ def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
     side  as in `decode_video`
     Raises InputError if h5py is missing or the file cannot be decoded.
     """
+    pictures = []
     try:
         import h5py
         with h5py.File(path) as file:
-            pictures = [Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in file["video"]]
-        size = scaled_size(*pictures[0].size, side)
-        frames = np.stack([picture.resize(size, Image.Resampling.BILINEAR) for picture in pictures])
+            for jpeg in file["video"]:
+                picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
+                size = scaled_size(picture.width, picture.height, side)
+                pictures.append(picture.resize(size, Image.Resampling.BILINEAR))
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     except ImportError:
         raise InputError(f"{path}: reading it takes the package h5py; pip install h5py") from None
     except Exception as error:                  # h5py and Pillow raise many types
-        raise InputError(f"{path}: it does not hold a JPEG a frame in `video` ({error})") from error
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+        raise InputError(f"{path}: its JPEGs cannot be read ({error})") from error
 
 # -------------------- 5. Data sets: each reader returns (clips, class names) --------------------
 class Clip(NamedTuple):
@@ -1284,9 +1269,9 @@ def stream_seconds(path: str, kind: str, enough: float) -> float:
     It reads packets, since headers of piped files lack the duration and FFmpeg guesses MP3's.
     """
     seconds = 0.0
-    with open_stream(path, kind) as (container, stream):
-        origin = (container.start_time or 0) / av.time_base
-        for packet in container.demux(stream):
+    with open_stream(path, kind) as stream:
+        origin = (stream.container.start_time or 0) / av.time_base
+        for packet in stream.container.demux(stream):
             if packet.pts is not None:
                 stop = (packet.pts + (packet.duration or 0)) * packet.time_base
                 seconds = max(seconds, float(stop) - origin)
@@ -1424,7 +1409,7 @@ class Views(NamedTuple):
     side: int = 240             # shorter side of the cached frames in pixels (authors' data)
     crop_area: float = 0.25     # smallest part of a frame that a training window shows (authors)
     flip: bool = True           # mirror half of the training windows (authors)
-    strong: bool = False        # grey windows; in training, some are inverted, all turned (ours)
+    strong: bool = False        # grey, full contrast; in training also inverted, turned (ours)
     resize: tuple[int, int] | None = None   # (H, W) to scale to before a centre crop
 
     @property
@@ -1432,43 +1417,35 @@ class Views(NamedTuple):
         """Returns the number of frames or samples in a window."""
         return self.frames if self.kind == "video" else round(self.seconds * 32000)
 
-def pack_frames(frames: Tensor) -> dict[str, Tensor]:
-    """Compresses frames (T, 3, H, W), uint8, to one JPEG each, all in one tensor `jpegs`.
-
-    `bounds` (T + 1,) tells where each one begins and the last one ends.
-    """
-    jpegs = io.BytesIO()
-    bounds = [0]
+def pack_frames(frames: Tensor) -> dict:
+    """Compresses frames (T, 3, H, W), uint8: `jpegs`, one after another, of `sizes` bytes."""
+    jpegs = []
     for frame in frames.permute(0, 2, 3, 1).numpy():
-        Image.fromarray(frame).save(jpegs, "JPEG", quality=90)
-        bounds.append(jpegs.tell())
-    joined = torch.frombuffer(bytearray(jpegs.getvalue()), dtype=torch.uint8)
-    return {"jpegs": joined, "bounds": torch.tensor(bounds)}
+        jpeg = io.BytesIO()
+        Image.fromarray(frame).save(jpeg, "JPEG", quality=90)
+        jpegs.append(torch.frombuffer(jpeg.getbuffer(), dtype=torch.uint8))
+    return {"jpegs": torch.cat(jpegs), "sizes": [len(jpeg) for jpeg in jpegs]}
 
-def unpack_frames(stream: dict[str, Tensor], window: list[int]) -> Tensor:
-    """Returns some frames of `pack_frames`' result: (len(window), 3, H, W), uint8."""
-    pictures = {}
-    for k in set(window):                           # a looped window shows a frame more than once
-        begin, end = stream["bounds"][k:k + 2].tolist()
-        jpeg = io.BytesIO(stream["jpegs"][begin:end].numpy())
-        pictures[k] = np.asarray(Image.open(jpeg, formats=["JPEG"]))
-    frames = np.stack([pictures[k] for k in window])
-    return torch.from_numpy(frames).permute(0, 3, 1, 2)
+def unpack_frames(jpegs: Sequence[Tensor], count: int) -> Tensor:
+    """Decodes JPEGs, each as its bytes, to `count` frames (count, 3, H, W), uint8; loops them."""
+    frames = []
+    for jpeg in jpegs:
+        frames.append(np.asarray(Image.open(io.BytesIO(jpeg.numpy()))))
+    loops = math.ceil(count / len(frames))
+    return torch.from_numpy(np.stack((loops * frames)[:count])).permute(0, 3, 1, 2)
 
 def decode_clip(clip: Clip, views: Views, cache: Path) -> str:
     """Decodes one stream of a clip into the cache, unless it is there; returns the file's path.
 
     The file's name is a hash of all that its content depends on. Sound is kept as int16 samples,
-    video as JPEGs. Raises InputError if the clip cannot be used.
+    video as JPEGs. Raises InputError or OSError if the clip cannot be used.
     """
     path = getattr(clip, views.kind)
     if path is None:
         raise InputError(f"missing: {clip.id} has no file with {views.kind}")
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: there is no such file")
     status = os.stat(path)
-    depends = [os.path.abspath(path), status.st_size, status.st_mtime_ns]
-    depends += [clip.start, clip.end, clip.cut, views.kind]
+    depends = [views.kind, os.path.abspath(path), status.st_size, status.st_mtime_ns]
+    depends += [clip.start, clip.end, clip.cut]
     if views.kind == "video":
         depends += [views.fps, views.side]
     name = hashlib.sha1(repr(depends).encode()).hexdigest()
@@ -1478,37 +1455,34 @@ def decode_clip(clip: Clip, views: Views, cache: Path) -> str:
         if views.kind == "video":
             save(file, pack_frames(content))
         else:
-            save(file, {"samples": (content.clamp(-1, 1) * 32767).round().short()})
+            save(file, (content.clamp(-1, 1) * 32767).round().short())
     return str(file)
 
-class Decoder(Dataset):
-    """Decodes clips in a loader's workers: item i is (cache files, "") or ([], reason) of clip i.
+def decode_clips(clips: list[Clip], views: list[Views],
+                 cache: Path) -> list[tuple[list[str], str]]:
+    """Decodes clips: (cache files, reason why it cannot be used or "") of each.
 
     views  the student's and perhaps the teacher's; evaluation clips may lack the latter's modality
     """
-    def __init__(self, clips: list[Clip], views: list[Views], cache: Path):
-        self.clips, self.views, self.cache = clips, views, cache
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, i: int) -> tuple[list[str], str]:
-        files, clip = [], self.clips[i]
-        for k, views in enumerate(self.views):
-            try:
-                files.append(decode_clip(clip, views, self.cache))
-            except (InputError, OSError) as error:
-                if k == 0 or clip.split == "train":
-                    return [], str(error)
-                files.append("")
-        return files, ""
+    results = []
+    for clip in clips:
+        files, reason = [""] * len(views), ""
+        try:
+            for k, view in enumerate(views):
+                files[k] = decode_clip(clip, view, cache)
+        except (InputError, OSError) as error:
+            if clip.split == "train" or not files[0]:
+                reason = str(error)
+        results.append((files, reason))
+    return results
 
 def decode_all(clips: list[Clip], views: list[Views], cache: Path,
                workers: int) -> list[tuple[list[str], str]]:
-    """Decodes all clips, shared among torchrun's processes, and returns the items of `Decoder`."""
+    """Does what `decode_clips` does, in a loader's workers and shared among the processes."""
     rank, world = process()
-    decoder, done = Decoder(clips[rank::world], views, cache), []
-    loader = DataLoader(decoder, batch_size=8, collate_fn=list, num_workers=workers)
+    loader = DataLoader(clips[rank::world], batch_size=8, num_workers=workers,
+                        collate_fn=partial(decode_clips, views=views, cache=cache))
+    done = []
     for results in progress(loader, "decoding"):
         done += results
     return join_shares(done)
@@ -1543,60 +1517,56 @@ class ClipViews(Dataset):
         self.data, self.indices, self.mode, self.seed = data, indices, mode, seed
         self.teacher = torch.zeros(len(data.clips), 0) if teacher is None else teacher
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        views, training, steps = data.views, mode == "train", []
+        views, steps = data.views, []
         if views.strong:
-            steps.append(v2.Grayscale(3))
-        if views.strong and training:
+            steps += [v2.Grayscale(3), v2.RandomAutocontrast(p=1.0)]
+        if views.strong and mode == "train":
             steps += [v2.RandomInvert(), v2.RandomRotation(15)]
-        if training:
+        if mode == "train":
             steps.append(v2.RandomResizedCrop(views.size, scale=(views.crop_area, 1.0)))
         else:
             steps += [v2.Resize(views.resize or views.size), v2.CenterCrop(views.size)]
-        if training and views.flip:
+        if mode == "train" and views.flip:
             steps.append(v2.RandomHorizontalFlip())
         self.transform = v2.Compose(steps)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def sound_windows(self, samples: np.ndarray) -> Tensor:
-        """Cuts (samples,) into windows (W, length), without a tail of less than half a window."""
-        length = self.data.views.length
-        starts = list(range(0, max(len(samples) - length // 2, 1), length))
+    def starts(self, n: int) -> list[int]:
+        """Returns where the windows of a stream of n frames or samples begin."""
+        kind, length = self.data.views.kind, self.data.views.length
         if self.mode == "train":
-            starts = [int(torch.randint(max(len(samples) - length, 0) + 1, ()))]
-        windows = [np.resize(samples[start:start + length], length) for start in starts]  # loops
-        return torch.from_numpy(np.stack(windows))
-
-    def video_windows(self, stream: dict[str, Tensor]) -> Tensor:
-        """Cuts packed frames into windows (W, length, 3, size, size)."""
-        n, length = len(stream["bounds"]) - 1, self.data.views.length
-        if self.mode == "train":
-            start = int(torch.randint(max(n - length, 0) + 1, ()))
-            windows = [[start + k % min(length, n) for k in range(length)]]
-        elif self.mode == "val":
-            windows = even_windows(n, length)
-        else:
-            windows = sliding_windows(n, length, length)
-        return torch.stack([self.transform(unpack_frames(stream, window)) for window in windows])
+            return [int(torch.randint(max(n - length, 0) + 1, ()))]
+        if self.mode == "val" and kind == "video":
+            return [window[0] for window in even_windows(n, length)]
+        if kind == "audio":                         # no window that is less than half full
+            n = max(n - length // 2, 1)
+        return list(range(0, n, length))
 
     def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
-        i = self.indices[n]
+        i, windows = self.indices[n], []
+        is_video, length = self.data.views.kind == "video", self.data.views.length
         stream = torch.load(self.data.files[i], mmap=True, weights_only=True)
+        if is_video:
+            stream = stream["jpegs"].split(stream["sizes"])
         with torch.random.fork_rng(devices=[]):     # workers do not change what is drawn
             epoch_seed = 1_000_003 * self.seed + int(self.epoch)
             torch.default_generator.manual_seed(1_000_003 * epoch_seed + i)
-            if self.data.views.kind == "video":
-                windows = self.video_windows(stream)
-            else:
-                windows = self.sound_windows(stream["samples"].numpy())
-        return i, windows, self.data.labels([i])[0], self.teacher[i]
+            for start in self.starts(len(stream)):
+                part = stream[start:start + length]
+                if is_video:
+                    window = self.transform(unpack_frames(part, length))
+                else:
+                    window = torch.from_numpy(np.resize(part.numpy(), length))      # loops it
+                windows.append(window)
+        return i, torch.stack(windows), self.data.labels([i])[0], self.teacher[i]
 
-def join_clips(items: list) -> tuple[list[int], Tensor, list[int], Tensor, Tensor]:
+def join_clips(items: list) -> tuple[Sequence[int], Tensor, list[int], Tensor, Tensor]:
     """Joins items of `ClipViews`: indices, windows of all, windows a clip, labels, embeddings."""
     indices, windows, labels, teacher = zip(*items)
     counts = [len(part) for part in windows]
-    return list(indices), torch.cat(windows), counts, torch.stack(labels), torch.stack(teacher)
+    return indices, torch.cat(windows), counts, torch.stack(labels), torch.stack(teacher)
 
 class Data(NamedTuple):
     """Holds a decoded data set as the student, or the teacher, sees it."""
@@ -1635,10 +1605,6 @@ class Data(NamedTuple):
                           drop_last=mode == "train" and len(indices) >= batch_size * world)
 
 # -------------------- 8. Metrics (between 0 and 1, except d') --------------------
-def count_at_least(rising: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """Returns, for each limit, how many of the rising values reach it."""
-    return len(rising) - np.searchsorted(rising, limits)
-
 def by_class(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields, for each class with a positive, the rising scores of positives and of negatives."""
     columns = torch.as_tensor(scores).numpy(force=True).T
@@ -1655,8 +1621,8 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     """
     precisions = []
     for hits, misses in by_class(scores, labels):
-        true = count_at_least(hits, hits)
-        false = count_at_least(misses, hits)
+        true = len(hits) - np.searchsorted(hits, hits)          # that score at least as high
+        false = len(misses) - np.searchsorted(misses, hits)
         precisions.append(np.mean(true / (true + false)))
     if not precisions:
         raise ValueError(f"none of {labels.shape[1]} classes has a positive in {len(labels)} clips")
@@ -1690,28 +1656,30 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
     R@k           share of queries with a hit among the k nearest clips
     mAP           mean of the average precision over the whole ranking; 0 for a query without hits
     mAP_released  the released scripts' variant: cut at `topk`, queries without a hit left out
+    256 queries are compared at a time, to save memory. Of equally near clips, misses come first.
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
-    if len(queries) != len(query_labels) or len(gallery) != len(gallery_labels):
-        raise ValueError(f"{len(queries)} queries have {len(query_labels)} labels, {len(gallery)} "
-                         f"gallery clips {len(gallery_labels)}; pass one class index for each")
+    wanted = torch.as_tensor(query_labels)
     known = torch.as_tensor(gallery_labels).numpy(force=True)
-    found: dict[str, list] = {f"R@{k}": [] for k in ks} | {"mAP": [], "mAP_released": []}
-    for i, label in enumerate(torch.as_tensor(query_labels).tolist()):
-        if i % 256 == 0:                                    # 256 queries at a time: less memory
-            block = cosine_matrix(queries[i:i + 256], gallery).numpy(force=True)
-        similarity = block[i % 256]
-        hits = np.sort(similarity[known == label])[::-1]
-        misses = np.sort(similarity[known != label])
-        count = np.arange(1, len(hits) + 1)
-        ranks = count + count_at_least(misses, hits)        # of equal clips, misses come first
-        precision = count / ranks
-        for k in ks:
-            found[f"R@{k}"].append(np.any(ranks <= k))
-        found["mAP"].append(precision.sum() / max(1, len(hits)))
-        if np.any(ranks <= topk):
-            found["mAP_released"].append(precision[ranks <= topk].mean())
-    return {name: float(np.mean(values or [0.0])) for name, values in found.items()}
+    first, precisions, released = [], [], []
+    for block, labels in zip(queries.split(256), wanted.split(256), strict=True):
+        distances = -cosine_matrix(block, gallery).numpy(force=True)
+        for row, label in zip(distances, labels.tolist(), strict=True):
+            own = known == label
+            hits, misses = np.sort(row[own]), np.sort(row[~own])
+            count = np.arange(1, len(hits) + 1)
+            ranks = count + np.searchsorted(misses, hits, side="right")
+            precision = count / ranks
+            first.append(min(ranks[:1], default=math.inf))
+            precisions.append(precision.sum() / max(1, len(hits)))
+            if first[-1] <= topk:
+                released.append(precision[ranks <= topk].mean())
+    found = {}
+    for k in ks:
+        found[f"R@{k}"] = np.mean(np.array(first) <= k).item()
+    found["mAP"] = np.mean(precisions).item()
+    found["mAP_released"] = np.mean(released or 0.0).item()
+    return found
 
 def score(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Scores probabilities (N, C): by top-1 and top-5 for classes (N,), by mAP, AUC, d' for tags.
@@ -1750,22 +1718,19 @@ def network_arguments(state: dict[str, Tensor]) -> dict:
     """Reads the arguments of `make_network` off a state dict of VideoNet or AudioNet."""
     if "fc_audioset.weight" in state:
         stages = sum(f"conv_block{i}.conv1.weight" in state for i in range(1, 7))
-        dim = len(state["fc1.weight"]) if "fc1.weight" in state else None
+        dim = len(state.get("fc1.weight", [])) or None
         return {"kind": "audio", "num_classes": len(state["fc_audioset.weight"]), "dim": dim,
                 "width": len(state["conv_block1.conv1.weight"]), "stages": stages}
-    blocks = []
-    for stage in range(2, 6):
-        names = [key for key in state if key.startswith(f"conv{stage}.blocks.")]
-        blocks.append(1 + len({name.split(".")[2] for name in names}))
-    return {"kind": "video", "num_classes": len(state["cls.weight"]), "blocks": blocks,
-            "width": len(state["conv1.temporal_conv.weight"])}
+    blocks = Counter(name[:5] for name in state if name.endswith(".bn1.weight"))    # conv2 to conv5
+    return {"kind": "video", "num_classes": len(state["cls.weight"]),
+            "blocks": list(blocks.values()), "width": len(state["conv1.temporal_conv.weight"])}
 
 def strip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Removes the prefixes of DataParallel and torch.compile, and PANNs' own log-mel layers."""
-    if len(state.get("logmel_extractor.melW", range(513))) != 513:
-        raise ValueError("its log-mel is made for another sample rate than 32 kHz")
     stripped = {}
     for name, value in state.items():
+        if name.endswith("extractor.melW") and len(value) != 513:
+            raise ValueError("its log-mel is made for another sample rate than 32 kHz")
         if "_extractor." not in name:
             stripped[name.removeprefix("module.").removeprefix("_orig_mod.")] = value
     return stripped
@@ -1785,7 +1750,7 @@ def load_checkpoint(path: str | Path) -> dict:
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True)
         if "student" not in content:
-            student = strip_names(content["state_dict" if "state_dict" in content else "model"])
+            student = strip_names(content.get("state_dict") or content["model"])
             noise_filter = strip_names(content.get("audio_state_dict", {}))
             content = {"student": student, "filter": noise_filter, "classes": None, "task": None,
                        "network": network_arguments(student), "seed": 0, "settings": {},
@@ -1817,17 +1782,12 @@ def process() -> tuple[int, int]:
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
-def share(value: object) -> list:
-    """Returns the values of all processes, by rank. No process continues until all are here."""
-    values = [value] * process()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
-
 def join_shares(rows: list) -> list:
-    """Interleaves the rows of the processes: the first of each, then the second of each."""
-    shares = share(rows)
-    joined = [None] * sum(len(rows) for rows in shares)
+    """Waits for all processes and interleaves their rows: the first of each, then the second."""
+    shares = [rows] * process()[1]
+    if len(shares) > 1:
+        dist.all_gather_object(shares, rows)
+    joined = [None] * sum(map(len, shares))
     for rank, rows in enumerate(shares):
         joined[rank::len(shares)] = rows
     return joined
@@ -1837,11 +1797,10 @@ def progress(loader: DataLoader, what: str) -> Iterator:
     begun = shown = time.time()
     for done, batch in enumerate(loader, 1):
         yield batch
-        now = time.time()
-        if now - shown > 30:
-            minutes = (now - begun) / done * (len(loader) - done) / 60
+        if time.time() - shown > 30:
+            shown = time.time()
+            minutes = (shown - begun) / done * (len(loader) - done) / 60
             log.info(f"  {what}: {done:,} of {len(loader):,} batches, {minutes:.0f} min left")
-            shown = now
 
 @torch.no_grad()
 def predict(args, network: nn.Module, data: Data, indices: list[int],
@@ -1874,8 +1833,7 @@ def evaluate(args, network: nn.Module, data: Data) -> dict[str, float]:
     metrics = score(probabilities, labels)
     if args.task == "video_retrieval":
         _, gallery = predict(args, network, data, data.train)
-        found = retrieval_metrics(queries, gallery, labels, data.labels(data.train))
-        metrics = {**found, **metrics}
+        metrics = retrieval_metrics(queries, gallery, labels, data.labels(data.train)) | metrics
     return metrics
 
 def fit_probe(data: Data, teacher: Tensor) -> nn.Linear:
@@ -1930,11 +1888,10 @@ def train_epoch(args, loader: DataLoader, student: nn.Module, noise_filter: nn.M
                              f"the clips are {ids}")
     speed = len(steps) * len(clips[0]) * process()[1] / (time.time() - begun)
     memory = torch.cuda.max_memory_allocated()              # 0 without a GPU
-    if memory == 0:
-        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = memory or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     figures = diagnose(student, noise_filter, prepare.eval()(windows), teacher)
-    return {**dict(zip(terms, values.mean(0).tolist())), **figures,
-            "clips_per_second": speed, "memory_gb": memory / 1e9}
+    means = dict(zip(terms, values.mean(0).tolist()))
+    return means | figures | {"clips_per_second": speed, "memory_gb": memory / 1e9}
 
 # Options that may change on --resume and are not restored from --checkpoint.
 MAY_CHANGE = ("method", "seeds", "out", "cache", "resume", "checkpoint", "predict", "gallery",
@@ -1951,11 +1908,12 @@ def resume_from(args, out: Path, about: dict) -> dict:
             (out / name).unlink(missing_ok=True)
         return {}
     saved = load_checkpoint(path)
-    for before, now in (saved, about), (saved["settings"], about["settings"]):
-        for name in now:
-            if name not in ("settings", "versions") and before.get(name) != now[name]:
-                raise InputError(f"--resume: {name} was {before.get(name)} in {path} and is now "
-                                 f"{now[name]}; keep it or give another --out")
+    before = saved | saved["settings"]
+    now = about | about["settings"]
+    for name, value in now.items():
+        if name not in ("settings", "versions") and before.get(name) != value:
+            raise InputError(f"--resume: {name} was {before.get(name)} in {path} and is now "
+                             f"{value}; keep it or give another --out")
     return saved
 
 def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: Path, epochs: int,
@@ -1972,19 +1930,19 @@ def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: P
              "network": network_arguments(student.state_dict()), "settings": settings,
              "versions": {"torch": str(torch.__version__), "av": av.__version__}}
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.75 * epochs)])   # authors
-    modules = {"student": student, "optimizer": optimizer, "schedule": schedule}
-    if noise_filter is not None:
-        modules["filter"] = noise_filter
+    modules = {"student": student, "filter": noise_filter or nn.Identity(),
+               "optimizer": optimizer, "schedule": schedule}
     history, best = [], -1.0
+    begun = time.time()
     saved = resume_from(args, out, about)
     if saved:
         history, best = saved["history"], saved["best"]
-        for name, module in reversed(modules.items()):      # a changed filter is named by torch
+        begun -= history[-1]["seconds"]
+        for name, module in modules.items():
             module.load_state_dict(saved[name])
     if rank == 0:
         save(out / "config.json", {**about, "settings": vars(args)})
     loader = data.loader(data.train, "train", args.batch_size // world, args.workers, seed, teacher)
-    begun = time.time() - sum(row["seconds"] for row in history[-1:])
 
     for epoch in range(len(history) + 1, epochs + 1):
         torch.manual_seed((1_000_003 * seed + epoch) * world + rank)
@@ -1992,86 +1950,83 @@ def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: P
         loader.dataset.epoch.fill_(epoch)
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
         row.update(train_epoch(args, loader, student, noise_filter, optimizer, method))
-        schedule.step()
-
-        is_best, evaluated = False, epoch % eval_every == 0 or epoch == epochs
-        if evaluated:
-            probabilities, _ = predict(args, student, data, data.eval, "val")
-            metrics = score(probabilities, data.labels(data.eval))
-            row.update(metrics)
-            is_best = list(metrics.values())[0] > best      # top1 or mAP
-            best = max(best, list(metrics.values())[0])
         row["seconds"] = round(time.time() - begun, 1)
         history.append(row)
-        if evaluated:
+        schedule.step()
+
+        is_best = False
+        if epoch % eval_every == 0 or epoch == epochs:
+            probabilities, _ = predict(args, student, data, data.eval, "val")
+            metrics = score(probabilities, data.labels(data.eval))
+            value = list(metrics.values())[0]               # top1 or mAP
+            is_best = value > best
+            best = max(value, best)
+            row.update(metrics)
             shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
             log.info(f"  {method} s{seed}  {shown}")
-        content = {**about, "epoch": epoch, "best": best, "history": history, "filter": {}}
+        content = {**about, "epoch": epoch, "best": best, "history": history}
         for name, module in modules.items():
             content[name] = module.state_dict()
-        if rank == 0 and is_best:
-            save(out / "best.pt", content)
         if rank == 0:
-            save(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+            if is_best:
+                save(out / "best.pt", content)
+            lines = [json.dumps(row) + "\n" for row in history]
+            save(out / "log.jsonl", "".join(lines))
             save(out / "last.pt", content)                  # last, because --resume relies on it
-    share(None)                                             # process 0 has written its files
+    join_shares([])                                         # process 0 has written its files
     return student
 
 # -------------------- 11. Teacher: one frozen embedding a clip --------------------
-class Teacher(NamedTuple):
-    """Holds the teacher of a run. Our networks' embeddings are >= 0, others' may be negative."""
-    embeddings: Tensor          # (N, teacher_dim), not normalised; zeros where a clip has none
-    kind: str                   # where the embeddings come from
-    metrics: dict[str, float]   # its own score on the evaluation clips that have an embedding
+# All sources give ({clip id: embedding (teacher_dim,)}, {"kind": what made them, "metrics": its own
+# scores}). Embeddings are not normalised. Our networks' are >= 0, others' may be negative.
+Teacher = tuple[dict[str, Tensor], dict]
 
 class KineticsTeacher(nn.Module):
     """Embeds frames prepared as for VideoNet with Kinetics-400's r2plus1d_18: (B, 512), >= 0.
 
-    Raises OSError or RuntimeError if torchvision cannot download the weights.
+    The embeddings stand in the place of the map and the logits, too, which nothing needs. Raises
+    OSError or RuntimeError if torchvision cannot download the weights.
     """
     def __init__(self):
         super().__init__()
         weights = R2Plus1D_18_Weights.KINETICS400_V1
         self.net = r2plus1d_18(weights=weights, progress=sys.stdout.isatty())
-        self.fc = self.net.fc
         self.net.fc = nn.Identity()
         self.ours = Prepare()
         self.theirs = weights.transforms()
 
     def forward(self, frames: Tensor) -> Features:
         frames = frames * self.ours.std + self.ours.mean            # 0..1 again
-        mean = frames.new_tensor(self.theirs.mean).view(3, 1, 1, 1)
-        std = frames.new_tensor(self.theirs.std).view(3, 1, 1, 1)
-        pooled = self.net((frames - mean) / std)                    # (B, 512)
-        return Features(pooled[:, None], pooled, self.fc(pooled))
+        frames = frames.transpose(1, 2)                             # (B, T, 3, H, W)
+        frames = v2.functional.normalize(frames, self.theirs.mean, self.theirs.std)
+        pooled = self.net(frames.transpose(1, 2))                   # (B, 512)
+        return Features(pooled[:, None], pooled, pooled)
 
-def teacher_kind(args) -> str:
-    """Returns the modality that the student lacks."""
-    return "video" if STUDENT_KIND[args.task] == "audio" else "audio"
-
-def open_teacher(args) -> nn.Module | None:
-    """Returns the trained network that --teacher asks for, or None if one has to be trained.
+def open_teacher(args) -> tuple[nn.Module | None, Views]:
+    """Returns the network that --teacher asks for, or None if one has to be trained, and its views.
 
     Raises InputError if a checkpoint is of the student's modality.
     """
-    kind = teacher_kind(args)
+    kind = "video" if STUDENT_KIND[args.task] == "audio" else "audio"
+    views = make_views(args, kind)
     if os.path.isfile(args.teacher) and Path(args.teacher).name != "teacher.pt":
         saved = load_checkpoint(args.teacher)
         if saved["network"]["kind"] != kind:
             raise InputError(f"--teacher {args.teacher} takes {saved['network']['kind']}; --task "
                              f"{args.task} needs one that takes {kind}")
-        return restore(saved, args.device)
+        return restore(saved, args.device), views
     network, reason = None, "torchaudio has no pretrained network"
     if args.teacher == "auto" and kind == "video":
         try:
             network = KineticsTeacher() if process()[0] == 0 else None
         except (OSError, RuntimeError) as error:
             reason = f"torchvision cannot download r2plus1d_18 ({error})"
-        if share(network is not None)[0]:                           # process 0 has downloaded it
-            return (network or KineticsTeacher()).to(args.device)
+        if join_shares([network is not None])[0]:                   # process 0 has downloaded it
+            views = views._replace(side=128, resize=(128, 171), size=112)   # as it was trained
+            return (network or KineticsTeacher()).to(args.device), views
     if args.teacher == "auto":
         log.warning(f"warning: {reason}: the teacher is trained from scratch and will be weaker")
-    return None
+    return None, views
 
 def train_teacher(args, data: Data, out: Path) -> nn.Module:
     """Trains a teacher on nine tenths of the training clips; returns the epoch best on the rest.
@@ -2093,23 +2048,22 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
 
     Raises InputError if a file holds anything else or no file is named after a clip.
     """
-    index, rows = defaultdict(list), {}             # {(rank of a way to name a clip, name): files}
+    exact, folded, rows = defaultdict(list), defaultdict(list), {}
     for path in Path(folder).rglob("*.npy"):
         whole = path.relative_to(folder).with_suffix("").as_posix()
-        for rank, name in enumerate([whole, path.stem, whole.lower(), path.stem.lower()]):
-            index[rank, name].append(path)
+        for name in {whole, path.stem}:
+            exact[name].append(path)
+            folded[name.lower()].append(path)
     for clip in clips:
-        names = [clip.id, clip.id, clip.id.lower(), clip.id.lower()]
-        found = [index[key] for key in enumerate(names) if len(index[key]) == 1]
-        if not found:
+        found = exact[clip.id] or folded[clip.id.lower()]
+        if len(found) != 1:                         # none, or it is unclear which one is meant
             continue
-        path = found[0][0]                          # the best of the names that are unique
         try:
-            row = torch.from_numpy(np.load(path, allow_pickle=False)).float()
+            row = torch.from_numpy(np.load(found[0], allow_pickle=False)).float()
             if row.ndim != 1 or not row.isfinite().all():
                 raise ValueError(f"expected finite numbers (D,), got {tuple(row.shape)}")
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: it holds no embedding: {error}") from error
+        except (OSError, EOFError, ValueError, TypeError) as error:
+            raise InputError(f"{found[0]}: it holds no embedding: {error}") from error
         rows[clip.id] = row
     if not rows:
         raise InputError(f"{folder}: no .npy file is named after a clip, such as {clips[0].id}.npy")
@@ -2117,17 +2071,18 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
         raise InputError(f"{folder}: the embeddings differ in length")
     return rows
 
-def given_teacher(args, clips: list[Clip], out: Path) -> tuple[dict[str, Tensor], str, dict] | None:
-    """Returns embeddings by clip id, their kind and their score, if --teacher or --resume has them.
+def given_teacher(args, clips: list[Clip], out: Path) -> Teacher | None:
+    """Returns the teacher of a folder, of another run's teacher.pt or, on --resume, of this run's.
 
-    They come from a folder, another run's teacher.pt or, on --resume, this run's.
+    Returns None if a network has to embed the clips.
     """
-    path, resumed = Path(args.teacher), args.resume and (out / "teacher.pt").exists()
+    path = Path(args.teacher)
+    resumed = args.resume and (out / "teacher.pt").exists()
     released = find_layout(args.data) in ("release", "activitynet")
     if released and args.teacher == "auto" and any(Path(args.data).rglob("*.npy")):
         path = Path(args.data)                      # the authors publish them with their lists
     if path.is_dir():
-        return read_features(path, clips), f"embeddings in {path}", {}
+        return read_features(path, clips), {"kind": f"embeddings in {path}", "metrics": {}}
     if resumed:
         path = out / "teacher.pt"
     if path.name != "teacher.pt":
@@ -2136,9 +2091,9 @@ def given_teacher(args, clips: list[Clip], out: Path) -> tuple[dict[str, Tensor]
         saved = torch.load(path, map_location="cpu", weights_only=True)
         rows = dict(zip(saved["ids"], saved["embeddings"]))
     except Exception as error:                      # the loader raises a dozen kinds
-        raise InputError(f"{path} is not a run's teacher.pt: {error}") from error
+        raise InputError(f"{path} is not a run's teacher.pt") from error
     metrics = saved["metrics"] if resumed else {}   # another run may have other evaluation clips
-    return rows, saved["kind"], metrics
+    return rows, {"kind": saved["kind"], "metrics": metrics}
 
 def embed_clips(args, data: Data, network: nn.Module | None, out: Path) -> Teacher:
     """Embeds the clips of `data`, which holds them as the teacher sees them.
@@ -2149,17 +2104,15 @@ def embed_clips(args, data: Data, network: nn.Module | None, out: Path) -> Teach
     if network is None:
         kind = "trained from scratch"
         network = train_teacher(args, data, out)
-    usable = [i for i in data.train + data.eval if data.files[i]]
-    probabilities, pooled = predict(args, network, data, usable)
-    embeddings = torch.zeros(len(data.clips), pooled.shape[1])
-    embeddings[usable] = pooled
-    scored = [k for k, i in enumerate(usable) if data.clips[i].split == "eval"]
-    if scored and kind == "trained from scratch":
-        metrics = score(probabilities[scored], data.labels([usable[k] for k in scored]))
-    return Teacher(embeddings, kind, metrics)
+    known = [i for i in data.eval if data.files[i]]         # all training clips have this stream
+    probabilities, embeddings = predict(args, network, data, data.train + known)
+    if known and kind == "trained from scratch":
+        metrics = score(probabilities[len(data.train):], data.labels(known))
+    ids = [data.clips[i].id for i in data.train + known]
+    return dict(zip(ids, embeddings)), {"kind": kind, "metrics": metrics}
 
 def score_probe(data: Data, teacher: Tensor) -> dict[str, float]:
-    """Scores a linear probe on the teacher's embeddings, on the evaluation clips that have one."""
+    """Scores a linear probe on the teacher's embeddings of the evaluation clips that have one."""
     known = [i for i in data.eval if teacher[i].any()]
     if not known:
         return {}
@@ -2169,14 +2122,12 @@ def score_probe(data: Data, teacher: Tensor) -> dict[str, float]:
 # -------------------- 12. Prediction on files --------------------
 def list_files(paths: list[str], kind: str) -> list[str]:
     """Lists the media files named and those in folders, except sound files if video is needed."""
-    files = []
+    files, unfit = [], SOUND_FILES if kind == "video" else ()
     for path in paths:
         if os.path.isdir(path):
-            files += find_media(path)
+            files += [file for file in find_media(path) if not file.lower().endswith(unfit)]
         else:
             files.append(path)
-    if kind == "video":
-        files = [path for path in files if path in paths or not path.lower().endswith(SOUND_FILES)]
     if not files:
         raise InputError(f"{', '.join(paths)}: no media file with {kind}")
     return files
@@ -2187,37 +2138,38 @@ def predict_files(args, saved: dict) -> None:
     A file that cannot be used is named. Raises InputError in the end if there was one.
     """
     kind, count = saved["network"]["kind"], saved["network"]["num_classes"]
+    names = saved["classes"] or [f"class {k}" for k in range(count)]
     files, gallery = list_files(args.predict, kind), []
     if args.gallery:
         gallery = list_files([args.gallery], kind)
     clips = [Clip(path, (0,), "eval", path, path, cut=True) for path in files + gallery]
     views = make_views(args, kind)
     decoded = decode_all(clips, [views], Path(args.cache), args.workers)
-    usable = [i for i, (cached, _) in enumerate(decoded) if cached]
-    names = saved["classes"] or [f"class {k}" for k in range(count)]
-    paths = ["".join(cached) for cached, _ in decoded]
-    data = Data(clips, names, kind == "audio", [], usable, views, paths)
-    if usable:
-        scores, embeddings = predict(args, restore(saved, args.device), data, usable)
-    rows = {i: k for k, i in enumerate(usable)}             # clip i is in row k of the result
-    found = [i for i in usable if i >= len(files)]
-    if gallery and not found:
-        raise InputError(f"--gallery {args.gallery}: no clip can be used: {decoded[-1][1]}")
-    if found:
-        names = [clips[i].id for i in found]
-        scores = cosine_matrix(embeddings, embeddings[[rows[i] for i in found]])
+    reasons = {clip.id: reason for clip, (_, reason) in zip(clips, decoded) if reason}
+    clips = [clip for clip in clips if clip.id not in reasons]
+    cached = [found[0] for found, reason in decoded if not reason]
+    data = Data(clips, names, kind == "audio", [], list(range(len(clips))), views, cached)
+    row = {clip.id: k for k, clip in enumerate(clips)}          # of a file in the results
+    if clips:
+        scores, embeddings = predict(args, restore(saved, args.device), data, data.eval)
+    if gallery:
+        names = [path for path in gallery if path in row]
+        if not names:
+            raise InputError(f"--gallery {args.gallery}: no clip can be used: {decoded[-1][1]}")
+        scores = cosine_matrix(embeddings, embeddings[[row[path] for path in names]])
 
     bad = 0
-    for i, path in enumerate(files):
+    for path in files:
         print(path)
-        if i not in rows:
+        if path in reasons:
             bad += 1
-            print(f"  error: {decoded[i][1].removeprefix(f'{path}: ')}")
+            print(f"  error: {reasons[path].removeprefix(f'{path}: ')}")
             continue
-        order = scores[rows[i]].argsort(descending=True).tolist()
+        own = scores[row[path]]
+        order = own.argsort(descending=True).tolist()
         others = [k for k in order if os.path.realpath(names[k]) != os.path.realpath(path)]
         for k in others[:5]:
-            print(f"  {scores[rows[i], k]:.3f}  {names[k]}")
+            print(f"  {own[k]:.3f}  {names[k]}")
     if bad:
         raise InputError(f"{bad} of {len(files)} files could not be used")
 
@@ -2286,7 +2238,7 @@ def build_parser() -> Parser:
         help="smallest part of a frame that a training window shows (authors)")
     add("--flip", action=flag, default=True, help="mirror half of the training windows (authors)")
     add("--strong", action=flag, default=False,
-        help="grey windows, in training also inverted and turned; for small data sets (ours)")
+        help="grey windows of full contrast, in training also inverted and turned (ours)")
 
     add = parser.add_argument_group("method").add_argument
     add("--method", default="xmkd",
@@ -2415,7 +2367,7 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
             write_demo(part, kind, tags, args.noise, args.mismatch, args.seed)
             with suppress(OSError):                         # another run may have been faster
                 part.rename(root)
-        share(None)                                         # the others wait
+        join_shares([])                                     # the others wait
     _, clips, classes = read_data(root, args.split, args.fold, skipped)
     if args.task != "audio_tagging" and max(len(clip.labels) for clip in clips) > 1:
         raise InputError(f"--task {args.task} needs one label for each clip, but clips of --data "
@@ -2448,11 +2400,11 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
     decoded = decode_all(clips, views, Path(args.cache), args.workers)
     kept, unreadable = [], []
     for clip, (files, reason) in zip(clips, decoded):
-        if files:
+        if not reason:
             kept.append((clip, files))
-        else:
-            skipped.append((clip.id, reason))
-        if reason and not reason.startswith("missing"):
+            continue
+        skipped.append((clip.id, reason))
+        if not reason.startswith("missing"):
             unreadable.append(reason)
     if process()[0] == 0:
         with open(f"{args.out}/skipped.csv", "w", newline="", errors="surrogateescape") as file:
@@ -2478,37 +2430,38 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
         parts.append(Data(usable, classes, tags, train, evaluation, view, files))
     return parts
 
-def prepare(args) -> tuple[Data, Teacher | None]:
-    """Reads and decodes the data set, and embeds its clips unless the only method is `student`."""
+def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
+    """Reads and decodes the data set, and embeds its clips unless the only method is `student`.
+
+    Returns the data, the teacher's embeddings (N, teacher_dim), which are zeros where a clip has
+    none, and the teacher's kind and metrics.
+    """
     skipped, out = [], Path(args.out)
     clips, classes = read_clips(args, skipped)
     views = [make_views(args, STUDENT_KIND[args.task])]
     if args.method == "student":
-        return open_data(args, clips, classes, skipped, views)[0], None
+        return open_data(args, clips, classes, skipped, views)[0], None, None
     given = given_teacher(args, clips, out)
     if given is None:
-        network = open_teacher(args)
-        views.append(make_views(args, teacher_kind(args)))
-        if isinstance(network, KineticsTeacher):    # gets the sizes that it was trained on
-            views[1] = views[1]._replace(side=128, resize=(128, 171), size=112)
-        data, seen_by_teacher = open_data(args, clips, classes, skipped, views)
-        teacher = embed_clips(args, seen_by_teacher, network, out)
+        network, its_views = open_teacher(args)
+        data, seen_by_teacher = open_data(args, clips, classes, skipped, views + [its_views])
+        rows, about = embed_clips(args, seen_by_teacher, network, out)
     else:
-        rows, kind, metrics = given
+        rows, about = given
+        usable = []
         for clip in clips:
-            if clip.split == "train" and clip.id not in rows:
+            if clip.split == "eval" or clip.id in rows:
+                usable.append(clip)
+            else:
                 skipped.append((clip.id, "missing: the teacher has no embedding of it"))
-        clips = [clip for clip in clips if clip.split == "eval" or clip.id in rows]
-        data = open_data(args, clips, classes, skipped, views)[0]
-        none = torch.zeros_like(next(iter(rows.values())))
-        embeddings = torch.stack([rows.get(clip.id, none) for clip in data.clips])
-        teacher = Teacher(embeddings, kind, metrics)
-    if not teacher.metrics:
-        teacher = teacher._replace(metrics=score_probe(data, teacher.embeddings))
+        data = open_data(args, usable, classes, skipped, views)[0]
+    ids = [clip.id for clip in data.clips]
+    none = torch.zeros_like(next(iter(rows.values())))
+    embeddings = torch.stack([rows.get(name, none) for name in ids])
+    about["metrics"] = about["metrics"] or score_probe(data, embeddings)
     if process()[0] == 0:
-        ids = [clip.id for clip in data.clips]
-        save(out / "teacher.pt", {"ids": ids, **teacher._asdict()})
-    return data, teacher
+        save(out / "teacher.pt", {"ids": ids, "embeddings": embeddings, **about})
+    return data, embeddings, about
 
 def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
     """Prints the mean of each metric by method and, over several seeds, its standard deviation.
@@ -2554,12 +2507,10 @@ def finish(args, data: Data, network: nn.Module, out: Path, about: dict, begun: 
 def run(args) -> None:
     """Trains every method with every seed on the same data and teacher, and prints the table."""
     begun, out, methods = time.time(), Path(args.out), args.method.split(",")
-    data, teacher = prepare(args)
-    rows, embeddings, about = {}, None, {"teacher": None}
+    data, embeddings, teacher = prepare(args)
+    rows, about = {}, {"teacher": teacher}
     if teacher is not None:
-        embeddings = teacher.embeddings
-        rows["teacher"] = [teacher.metrics]
-        about["teacher"] = {"kind": teacher.kind, "metrics": teacher.metrics}
+        rows["teacher"] = [teacher["metrics"]]
     if args.shuffle_teacher and teacher is not None:
         generator = torch.Generator().manual_seed(args.seed)
         train = torch.tensor(data.train)
