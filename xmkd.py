@@ -645,7 +645,7 @@ def check_length(stream, start: float, end: float, got: float) -> None:
     In other formats than these the length is FFmpeg's guess, which promises nothing.
     """
     if got <= 0.001:
-        raise InputError(f"there is no {stream.type} between {start:g} and {end:g} s")
+        raise InputError(f"there is no {stream.type} at {start:g} s")
     container = stream.container
     origin = (container.start_time or 0) / av.time_base
     form = container.format.name.split(",")[0]
