@@ -8,7 +8,7 @@ Paper: Xia, Li, Deng, Xiong, Dou, Hu, 2023, https://arxiv.org/abs/2304.07775
     torchrun --nproc_per_node 8 xmkd.py --task action_recognition --data ./ucf101
 
 Measured: the demo takes 5.5 minutes on two CPU cores (torch 2.14). Over seeds 3 to 7 distillation
-adds 0.093 +- 0.029 to R@1 and 0.129 +- 0.025 to mAP, against the labels alone; see README.
+adds 0.093 +- 0.029 to R@1 and 0.129 +- 0.025 to mAP, compared with the labels alone; see README.
 
 A frozen teacher of one modality (say sound) trains a student of the other (say video). Sound may
 be noisy, and clips differ in how well sound and picture agree. So the Modality Noise Filter (MNF)
@@ -19,13 +19,14 @@ One training step, numbered as in `train_step`; t is the teacher's embedding of 
     2. filter    gate g = sigmoid(W2 relu(BN(W1 [t ; mean S]))),  purified teacher t^ = g * t,
                  evidence s^ = relu(BN(W3 attention(query t^, keys and values S))),  y^ = W4 s^
     3. trust     similarity_ij = cos(p_i, t^_j), treated as a constant
-    4. L_filter  = CE(y^, y) + sparsity(W2) + triplet(p, t, t^)         trains the filter only
+    4. L_filter  = CE(y^, y) + 0.001 sparsity(W2) + triplet(p, t, t^)   trains the filter only
     5. L_student = CE(logits, y) + CSC(p, s^, similarity + offset)      trains student and filter
     6. Adam      the student at rate `lr`, the filter at 0.2 * `lr`
 
 Sections: 1 Method, 2 Compared methods, 3 Networks, 4 Media, 5 Data sets, 6 Demo, 7 Cache and views,
           8 Metrics, 9 Checkpoints, 10 Training, 11 Teacher, 12 Prediction, 13 Arguments and main.
-To add:   a loss see Distiller.methods in 2, a data set see READERS in 5.
+To add:   a loss, see Distiller.methods in 2; a data set, see READERS in 5; nothing else changes.
+Origin:   (authors) is from their released code or settings, (ours) is a choice of this program.
 Letters:  B clips in a batch, K positions of a map, D features, C classes, T frames, N clips.
 """
 from __future__ import annotations
@@ -68,15 +69,15 @@ class InputError(ValueError):
 # -------------------- 1. Method: noise filter, losses and the training step --------------------
 def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
     """Returns the cosine similarity of all pairs of rows: (N, D) and (M, D) -> (N, M)."""
-    a = a.to(torch.promote_types(a.dtype, torch.float32))       # half precision would make ties
+    a = a.to(torch.promote_types(a.dtype, torch.float32))       # half precision would create ties
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
 
 def label_overlap(labels: Tensor) -> Tensor:
-    """Returns how far each two clips share their labels: (B, B), values in 0..1, diagonal 1.
+    """Returns how much the labels of every two clips overlap: (B, B), values in 0..1, diagonal 1.
 
     For class indices (B,) it is 1 if they are equal, else 0, as in the authors' code. For multi-hot
-    tags (B, C) it is the Jaccard index of the two sets, which is ours.
+    tags (B, C) it is the Jaccard index of the two sets (ours).
     """
     if labels.ndim == 1:
         return (labels[:, None] == labels).float()
@@ -87,10 +88,13 @@ def label_overlap(labels: Tensor) -> Tensor:
     return torch.where(union > 0, shared / union.clamp_min(1), 1.0)
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean cross-entropy, in nats, of logits (B, C); classes are (B,), tags (B, C)."""
+    """Returns the clips' mean cross-entropy in nats; of several tags, the losses are summed (ours).
+
+    logits (B, C); labels are classes (B,) or multi-hot tags (B, C)
+    """
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
-    tags = labels.to(logits.dtype)      # summed: a mean over C tags would be drowned by CSC (ours)
+    tags = labels.to(logits.dtype)                          # a mean would be drowned by CSC
     return F.binary_cross_entropy_with_logits(logits, tags, reduction="sum") / len(logits)
 
 def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tensor,
@@ -99,11 +103,11 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
 
     student     (B, D)  embedding p of the student, any scale
     evidence    (B, D)  evidence s^ that the purified teacher found in the student's map, any scale
-    similarity  (B, B)  cosine of student (row) and purified teacher (column), without gradient
+    similarity  (B, B)  cosine_matrix(student, purified teacher).detach(); zeros for one temperature
     labels      (B,) class indices or (B, C) multi-hot tags, see `label_overlap`
-    offset      temperature = max(similarity, 0) + offset: 0.07 UCF51, 0.2 ActivityNet
+    offset      temperature = max(similarity, 0) + offset; 0.07 for UCF51, 0.2 for ActivityNet
     Returns the batch mean in nats: log(B) if all embeddings are equal and so are all similarities.
-    Raises ValueError if `similarity` carries a gradient or `offset` is not positive.
+    Raises ValueError if shapes differ, `similarity` has a gradient or `offset` is not positive.
     Pairs that agree get a higher temperature, which softens them; the others are sharpened.
     """
     if similarity.requires_grad:
@@ -114,7 +118,7 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
                          f", similarity {tuple(similarity.shape)}; pass B, B, B and (B, B)")
     if not offset > 0:
         raise ValueError(f"offset is {offset}, but must be above 0; the authors use 0.07 or 0.2")
-    temperature = similarity.clamp_min(0) + offset          # the clamp is ours: it stays above 0
+    temperature = similarity.clamp_min(0) + offset          # the clamp (ours) keeps it above 0
     probability = (cosine_matrix(student, evidence) / temperature).softmax(1)
     nll = -torch.log(probability + 1e-10)                   # (B, B); a pair costs 23 nats at most
     overlap = label_overlap(labels).to(nll.dtype)
@@ -125,7 +129,7 @@ def sparsity_loss(weight: Tensor) -> Tensor:
     return weight.abs().sum(1).mean()
 
 def triplet_loss(student: Tensor, teacher: Tensor, purified: Tensor, margin: float = 0.2) -> Tensor:
-    """Penalises cos(student, purified) below cos(student, teacher) + margin; all are (B, D)."""
+    """Penalises a cos(student, purified) below cos(student, teacher) + margin; all are (B, D)."""
     raw = F.cosine_similarity(student, teacher)
     clean = F.cosine_similarity(student, purified)
     return F.relu(raw - clean + margin).mean()
@@ -135,14 +139,15 @@ class Filtered(NamedTuple):
     teacher: Tensor     # (B, D) purified teacher t^
     evidence: Tensor    # (B, D) student's evidence s^, non-negative
     logits: Tensor      # (B, C) classes seen in the evidence
-    gate: Tensor        # (B, D) how open each feature of the teacher is, 0..1
+    gate: Tensor        # (B, D) how much of each teacher feature passes, 0..1
     attention: Tensor   # (B, K) where the purified teacher looks; rows sum to 1
 
 class ModalityNoiseFilter(nn.Module):
     """Gates the teacher by what the student sees, then queries the student's map with it (MNF).
 
     forward(teacher (B, teacher_dim), student_map (B, K, D)) -> Filtered; training needs B > 1.
-    Where `teacher_dim` differs from `dim`, which is D, a linear adapter comes first; that is ours.
+    If `teacher_dim` differs from `dim`, which is D, a linear adapter comes first (ours). `heads`
+    must divide `dim`. The filter is trained by the losses in `train_step`.
     The attributes have the names of the released checkpoints, so that their weights fit.
     """
     def __init__(self, num_classes: int, dim: int = 512, heads: int = 2,
@@ -151,24 +156,24 @@ class ModalityNoiseFilter(nn.Module):
         teacher_dim = teacher_dim or dim
         self.adapter = nn.Identity() if teacher_dim == dim else nn.Linear(teacher_dim, dim)
         self.gated_feature_composer = nn.Sequential(
-            nn.Linear(2 * dim, dim // 2), nn.BatchNorm1d(dim // 2), nn.ReLU(),
-            nn.Linear(dim // 2, dim))
+            nn.Linear(2 * dim, dim // 2), nn.BatchNorm1d(dim // 2), nn.ReLU(),              # W1
+            nn.Linear(dim // 2, dim))                                                       # W2
         self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.trans_sv = nn.Sequential(nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU())
-        self.sv_cls_classifier = nn.Linear(dim, num_classes)
+        self.trans_sv = nn.Sequential(nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU())  # W3
+        self.sv_cls_classifier = nn.Linear(dim, num_classes)                                # W4
 
     def forward(self, teacher: Tensor, student_map: Tensor) -> Filtered:
         teacher = self.adapter(teacher)                                     # (B, D)
         context = torch.cat([teacher, student_map.mean(1)], dim=1)          # (B, 2D)
         gate = self.gated_feature_composer(context).sigmoid()               # (B, D)
-        purified = gate * teacher
+        purified = gate * teacher                                           # (B, D)
         found, attention = self.attn(purified[:, None], student_map, student_map)
         evidence = self.trans_sv(found[:, 0])                               # (B, D)
         logits = self.sv_cls_classifier(evidence)                           # (B, C)
         return Filtered(purified, evidence, logits, gate, attention[:, 0])
 
 def gather(part: Tensor) -> Tensor:
-    """Joins torchrun's parts of a batch, for CSC; only this process's own part has gradients."""
+    """Joins the parts of a batch that torchrun's processes hold; only the own one has gradients."""
     if not dist.is_initialized():
         return part
     part = part.contiguous()
@@ -193,7 +198,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
 
     noise_filter  ModalityNoiseFilter; a Distiller, whose loss replaces 2 to 4 and CSC; or None
     inputs        (B, ...) what the student takes; float32 or float64
-    teacher       (B, teacher_dim) embeddings; not needed without noise_filter
+    teacher       (B, teacher_dim) embeddings, not normalised; not needed without noise_filter
     labels        (B,) class indices or (B, C) multi-hot tags
     calibrate     False gives every pair the same temperature, `offset` (method mnf)
     amp           runs the student in bfloat16; everything else stays in float32
@@ -214,7 +219,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         similarity = cosine_matrix(features.pooled, filtered.teacher).detach()  # 3. trust
         if not calibrate:
             similarity = torch.zeros_like(similarity)
-        raw = noise_filter.adapter(teacher).detach()
+        raw = noise_filter.adapter(teacher).detach()    # or the adapter would move t away from p
         w2 = noise_filter.gated_feature_composer[-1].weight
         filter_terms = {                                                        # 4. L_filter
             "filter_cls": classification_loss(filtered.logits, labels),
@@ -227,16 +232,16 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         terms["distill"] = noise_filter.train()(features, teacher, labels)
 
     torch.stack(list(terms.values())).sum().backward()                          # 5. L_student
-    sum_gradients(student)                          # each process has its own clips' share;
+    sum_gradients(student)                          # a process has the gradient of its own clips
     if noise_filter is not None:
-        sum_gradients(noise_filter, average=True)   # all have the whole, but for rounding
+        sum_gradients(noise_filter, average=True)   # each has the whole; this evens out rounding
     optimizer.step()                                                            # 6. Adam
     return {name: term.detach() for name, term in (terms | filter_terms).items()}
 
 @torch.no_grad()
 def diagnose(student: nn.Module, noise_filter: nn.Module | None, inputs: Tensor,
              teacher: Tensor | None) -> dict[str, float]:
-    """Returns figures that show, on one batch in evaluation mode, whether training is stuck."""
+    """Returns figures of one batch, in evaluation mode, that show whether training is stuck."""
     features = student.eval()(inputs)
     cosines = cosine_matrix(features.pooled, features.pooled).fill_diagonal_(0)
     pairs = max(1, len(inputs) * (len(inputs) - 1))
@@ -251,13 +256,16 @@ def diagnose(student: nn.Module, noise_filter: nn.Module | None, inputs: Tensor,
 
 def make_optimizer(student: nn.Module, noise_filter: nn.Module | None, lr: float = 3e-4,
                    weight_decay: float = 5e-4, filter_lr: float = 0.2) -> torch.optim.Adam:
-    """Returns the authors' Adam: the student learns at `lr`, the filter at `filter_lr` * `lr`."""
+    """Returns the authors' Adam: the student learns at `lr`, the filter at `filter_lr` * `lr`.
+
+    All weights decay, those of normalisation layers, too.
+    """
     groups = [{"params": list(student.parameters()), "lr": lr}]
     if noise_filter is not None:
         groups.append({"params": list(noise_filter.parameters()), "lr": filter_lr * lr})
     return torch.optim.Adam(groups, weight_decay=weight_decay)
 
-# -------------------- 2. Compared methods; giving each loss weight 1 is ours --------------------
+# -------------------- 2. Compared methods, each loss with weight 1 (ours) --------------------
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns log-probabilities: (B, C) of classes or (B, 2C) of tags, present and absent."""
     if labels.ndim == 1:
@@ -281,7 +289,7 @@ def crd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
     """Contrasts projections (B, 128) of student and teacher (Tian et al. 2020, arXiv 1910.10699).
 
     Each student must find its own clip's teacher in the batch, and each teacher its student; clips
-    with a common label are no negatives. A softmax replaces the paper's critic and memory bank.
+    with a common label are not negatives. A softmax replaces the paper's critic and memory bank.
     """
     related = label_overlap(labels) > 0
     related.fill_diagonal_(False)                           # the clip's own pair is the positive
@@ -301,7 +309,7 @@ def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Mo
     for part in student, student.detach():
         pair = torch.cat([F.normalize(teacher, dim=1), F.normalize(part, dim=1)], dim=1)
         compositions.append(teacher + compose(pair))
-    joint, own = compositions                               # `own` passes the student no gradient
+    joint, own = compositions                               # `own` gives the student no gradient
     p = log_probabilities(features.logits, labels)
     q = log_probabilities(classify(joint), labels)
     loss = classification_loss(classify(own), labels)
@@ -318,7 +326,7 @@ class Distiller(nn.Module):
 
     forward(features, teacher (B, teacher_dim), labels) -> the loss to add to the student's.
     `offset` is for csc; `probe`, for kd, maps embeddings to logits (see `linear_probe`). To add a
-    method, write a function like `kd` and, in `methods` below, a line with the layers it uses.
+    method, write a function like `kd` and a line in `methods`; new layers go into `layers`.
     """
     def __init__(self, method: str, num_classes: int, dim: int, teacher_dim: int,
                  offset: float = 0.07, probe: nn.Module | None = None):
@@ -368,7 +376,7 @@ def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int,
                  decay: float = 0.1) -> nn.Linear:
     """Fits a logistic regression from embeddings (N, D) to logits (N, C) and freezes it.
 
-    `decay` is relative to the variance of the embeddings. No seed matters, as it starts from zeros.
+    `decay` is relative to the variance of the embeddings. It starts from zeros, without a seed.
     """
     probe = nn.Linear(embeddings.shape[1], num_classes).to(embeddings)
     nn.init.zeros_(probe.weight)
@@ -388,8 +396,8 @@ def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int,
 # -------------------- 3. Networks, with the names of the released checkpoints --------------------
 class Features(NamedTuple):
     """Holds what a student returns."""
-    map: Tensor         # (B, K, D) positions in the order t, h, w (video) or t, mel (audio)
-    pooled: Tensor      # (B, D) embedding, non-negative; AudioNet's `dim` may give another width
+    map: Tensor         # (B, K, D) S; positions in the order t, h, w (video) or t, mel (audio)
+    pooled: Tensor      # (B, D) embedding p, non-negative; AudioNet's `dim` may give another width
     logits: Tensor      # (B, C)
 
 class FactorisedConv3d(nn.Module):
@@ -439,7 +447,7 @@ class VideoNet(nn.Module):
     """Maps frames (B, 3, T, H, W), normalised as for ImageNet, to Features: the authors' R(2+1)D.
 
     Of `blocks`, (1, 1, 1, 1) is the released scripts' "depth 18" and (3, 4, 6, 3) their 34. A view
-    of 16 x 112 x 112 gives K = 2 * 7 * 7, D is 8 * width. Stem, widths and shortcuts are their own.
+    of 16 x 112 x 112 gives K = 2 * 7 * 7; D = 8 * width. It is not torchvision's R(2+1)D.
     """
     def __init__(self, num_classes: int, blocks: Sequence[int] = (1, 1, 1, 1), width: int = 64):
         super().__init__()
@@ -456,12 +464,15 @@ class VideoNet(nn.Module):
         x = self.conv5(self.conv4(self.conv3(self.conv2(x))))   # (B, D, T/8, H/16, W/16)
         features = x.flatten(2).transpose(1, 2)             # (B, K, D)
         pooled = features.mean(1)                           # (B, D)
-        with torch.autocast(frames.device.type, enabled=False):     # bfloat16 logits would tie
+        with torch.autocast(frames.device.type, enabled=False):     # bfloat16 would create ties
             logits = self.cls(pooled.to(self.cls.weight.dtype))
         return Features(features, pooled, logits)
 
 class LogMel(nn.Module):
-    """Turns sound (B, samples), 32 kHz, -1..1, into PANNs' decibels (B, 1 + samples // 320, 64)."""
+    """Turns sound (B, samples), 32 kHz, -1..1, into PANNs' decibels (B, 1 + samples // 320, 64).
+
+    It needs more than 512 samples, 16 ms, and computes in float32.
+    """
     def __init__(self):
         super().__init__()
         self.mel = torchaudio.transforms.MelSpectrogram(
@@ -491,9 +502,9 @@ class AudioBlock(nn.Module):
 class AudioNet(nn.Module):
     """Maps decibels (B, T, 64) from `LogMel`, T at least 32, to Features: PANNs' CNN family.
 
-    stages=4 is Cnn10, our audio student; stages=6 is Cnn14_emb512. `dim` is the embedding's width;
-    a student's must be its map's, width * 2 ** (stages - 1). dim=None leaves out fc1: then max +
-    mean over time is the embedding. PANNs' dropout is left out.
+    stages=4 is Cnn10, our audio student; stages=6 is Cnn14_emb512. 10 s give K = 62 * 4. `dim` is
+    the embedding's width; a student's must be that of its map, width * 2 ** (stages - 1). dim=None
+    leaves out fc1: then max + mean over time is the embedding. PANNs' dropout is left out.
     """
     def __init__(self, num_classes: int, width: int = 64, stages: int = 4, dim: int | None = 512):
         super().__init__()
@@ -513,14 +524,14 @@ class AudioNet(nn.Module):
                 x = block(x)                                # in the end (B, D, T/16, 4) for Cnn10
         profile = x.mean(3)                                 # (B, D, T/16)
         pooled = F.relu(self.fc1(profile.amax(2) + profile.mean(2)))        # (B, dim)
-        with torch.autocast(logmel.device.type, enabled=False):     # bfloat16 logits would tie
+        with torch.autocast(logmel.device.type, enabled=False):     # bfloat16 would create ties
             logits = self.fc_audioset(pooled.to(self.fc_audioset.weight.dtype))
         return Features(x.flatten(2).transpose(1, 2), pooled, logits)
 
 def make_network(kind: str, num_classes: int, width: int, **more) -> nn.Module:
     """Returns a VideoNet or AudioNet for "video" or "audio", with D = 8 * width.
 
-    `more` is passed to its class. Channels-last memory makes a step 1.1 to 1.5 times as fast.
+    `more` goes to its constructor. Channels-last memory makes a step 1.1 to 1.5 times as fast.
     """
     if kind == "video":
         return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)
@@ -545,7 +556,7 @@ class Prepare(nn.Module):
         logmel = self.logmel(views.float() / 32767)
         if not self.training:
             return logmel
-        mean = logmel.mean()                                # fills two stripes of either axis
+        mean = logmel.mean()                                # fills two stripes along each axis
         logmel = logmel - mean
         wide = max(2, logmel.shape[1] * 64 // 1001)         # PANNs: 64 of 1001 frames, 8 of 64 bins
         for axis, width in (1, wide), (2, 8), (1, wide), (2, 8):
@@ -591,7 +602,7 @@ def choose_stream(container, kind: str):
 def find_seek(path: str | Path, kind: str, start: float) -> float:
     """Returns where to seek to, in seconds, to decode from `start` on; 0 is the file's beginning.
 
-    A seek can land behind `start` in files that do not tell where decoding can begin: MPEG-TS,
+    A seek can land after `start` in files that do not say where decoding can begin: MPEG-TS,
     files without an index or with wrong key flags. So the seek is tried first.
     """
     if start > 1:
@@ -603,10 +614,10 @@ def find_seek(path: str | Path, kind: str, start: float) -> float:
     return 0.0
 
 def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
-    """Yields (begin, length, frame) from where the file stands; in seconds since the file's start.
+    """Yields (begin, length, frame) from the current position on; times are in seconds.
 
-    A damaged packet costs its frames, and those of a video up to the next key frame, since they
-    build on it. Raises InputError if that takes more than half a second of [start, end).
+    A damaged packet loses its own frames and, in video, all up to the next key frame, which depend
+    on it. Raises InputError if more than half a second of [start, end) is lost.
     """
     origin = (stream.container.start_time or 0) / av.time_base
     intact, damaged, following = False, False, 0.0
@@ -616,13 +627,13 @@ def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
         except av.error.FFmpegError:
             intact, damaged = False, True
             continue
-        # An edit list may begin inside a group of pictures: the key frame before is not shown.
+        # An edit list may begin inside a group of pictures: the key frame before it is not shown.
         intact = intact or packet.is_discard
         for frame in frames:
             if frame.is_corrupt:
                 intact, damaged = False, True
             elif stream.type == "audio" or frame.key_frame or frame.pict_type in (0, 1):
-                intact = True           # some report no type (0), others I (1) but no key
+                intact = True           # some have no type (0), others I (1) without key
             if not intact:
                 continue
             # Raw streams have no times: each frame begins where the one before it ends.
@@ -642,7 +653,7 @@ def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
 def check_length(stream, start: float, end: float, got: float) -> None:
     """Raises InputError unless the `got` seconds from `start` on are what the header promises.
 
-    In other formats than these the length is FFmpeg's guess, which promises nothing.
+    In formats other than these the length is FFmpeg's guess, which promises nothing.
     """
     if got <= 0.001:
         raise InputError(f"there is no {stream.type} at {start:g} s")
@@ -657,7 +668,7 @@ def check_length(stream, start: float, end: float, got: float) -> None:
     elif form == "matroska" and len(container.streams) == 1 and not stream.duration:
         last = (container.duration or 0) / av.time_base     # else a guess, or another stream's
     elif form == "avi" and stream.frames < 2 ** 30:         # 2 ** 30: unknown, as in a pipe
-        last = (first + stream.frames) * stream.time_base   # `duration` is what truncation left
+        last = (first + stream.frames) * stream.time_base   # `duration` is what is left
     elif form in ("mov", "flac", "aiff") or (form == "mp3" and first):  # LAME's header tells
         last = (first + (stream.duration or 0)) * stream.time_base
     promised = min(last - origin, end) - start
@@ -667,8 +678,8 @@ def check_length(stream, start: float, end: float, got: float) -> None:
 def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None) -> Tensor:
     """Decodes the sound between two times: (samples,) float32, mono, 32 kHz, about -1..1.
 
-    start, end  seconds since the file's start; without `end` to the file's end
-    Mono is the mean of the channels. Gaps in the file's clock and a late start become silence.
+    start, end  seconds since the file's start; `end` is the file's end by default and at most
+    Mono is the mean of the channels. Gaps between timestamps and a late start become silence.
     Raises InputError if the file has no sound there, is truncated, damaged or cannot be decoded.
     """
     rate = 32000
@@ -681,7 +692,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
             if gap > 0:
                 samples = np.pad(samples, (gap, 0))
             else:
-                samples = samples[-gap:]        # not what overlaps or lies before `start`
+                samples = samples[-gap:]        # drops overlaps and what lies before `start`
             parts.append(samples)
             written += len(samples)
             if begin < end:
@@ -735,9 +746,9 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
                  side: int = 128) -> Tensor:
     """Decodes the pictures between two times at a fixed rate: (T, 3, H, W) uint8 RGB.
 
-    start, end  seconds since the file's start; without `end` to the file's end
+    start, end  seconds since the file's start; `end` is the file's end by default and at most
     fps         picture k is the one that is shown at start + k / fps, so a picture may repeat
-    side        shorter side in pixels to which larger pictures are scaled; none is enlarged
+    side        shorter side, in pixels, to which larger pictures are scaled down
     Raises InputError if the file has no picture there, is truncated, damaged or cannot be decoded.
     """
     if not fps > 0:
@@ -762,10 +773,10 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 def show_frames(frames: Iterator[tuple]) -> Iterator[tuple]:
-    """Yields (begin, stop, frame): the seconds between which each picture is shown.
+    """Yields (begin, stop, frame): when each picture is shown, in seconds.
 
     The k-th picture gets the k-th smallest time: B-frames in AVI carry each other's timestamps. The
-    last picture is shown as long as the file tells.
+    last picture is shown as long as the file says.
     """
     times, pictures = [], []
     shown, stop = -math.inf, 0.0
@@ -775,7 +786,7 @@ def show_frames(frames: Iterator[tuple]) -> Iterator[tuple]:
         stop = times[-1] + length
         if len(pictures) > 8:                   # reordering spans no more
             if times[0] < shown:
-                raise InputError("its times start again in mid-stream; convert it")
+                raise InputError("its timestamps restart in mid-stream; convert it")
             shown = times.pop(0)
             yield shown, times[0], pictures.pop(0)
     yield from zip(times, times[1:] + [stop], pictures)
@@ -786,13 +797,13 @@ def scaled_size(width: float, height: float, side: int) -> tuple[int, int]:
     return round(width * scale), round(height * scale)
 
 def to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
-    """Scales a frame to (width, height) and turns it as players do: (H, W, 3) uint8."""
+    """Scales a frame to (width, height) and rotates it as players do: (H, W, 3) uint8."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if frame.format.name.startswith("yuv"):     # scaling first is four times as fast
         frame = frame.reformat(*size, threads=1)
     picture = frame.reformat(*size, "rgb24", threads=1).to_ndarray()
     if matrix is not None:
-        # The pixel (x, y) is shown at (a x + c y, b x + d y): phones turn and mirror with it.
+        # The pixel (x, y) is shown at (a x + c y, b x + d y): phones rotate and mirror so.
         a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5]
         if abs(b) > abs(a):
             picture = picture.swapaxes(0, 1)
@@ -825,7 +836,7 @@ def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
 
 # -------------------- 5. Data sets: each reader returns (clips, class names) --------------------
 class Clip(NamedTuple):
-    """One sample of a data set; `load_stream` decodes its part of its files."""
+    """One sample of a data set; `load_stream` decodes its part of the files."""
     id: str
     labels: tuple[int, ...]         # indices into the class names, at least one
     split: str                      # "train" or "eval"
@@ -834,19 +845,19 @@ class Clip(NamedTuple):
     start: float = 0.0              # seconds
     end: float | None = None        # seconds; None: to the end of the file
     cut: bool | None = None         # True: the file holds start to end alone; False: the whole
-                                    # recording; None: its duration has to tell
+                                    # recording; None: its duration decides
 
 DataSet = tuple[list[Clip], list[str]]          # clips and class names
 SOUND_FILES = tuple(".wav .flac .mp3 .m4a .ogg .oga .opus .aac .mka .weba".split())
 FILM_FILES = tuple(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .3gp".split())
 FRAME_FILES = (".hdf5",)                        # a JPEG a frame, as in the authors' release
-MISSING = {"train": "missing: no file has the name of this training clip",
-           "eval": "missing: no file has the name of this evaluation clip"}
+MISSING = {"train": "missing: no file is named after this training clip",
+           "eval": "missing: no file is named after this evaluation clip"}
 
 def find_list(root: str | Path, pattern: str, required: bool = True) -> Path | None:
-    """Returns the first file of that name in `root` or one folder below.
+    """Returns the first path that matches `pattern` in `root` or one folder below.
 
-    If there is none, raises InputError if it is `required` and returns None otherwise.
+    If there is none, returns None or, if it is `required`, raises InputError.
     """
     for place in (pattern, f"[!.]*/{pattern}"):
         for path in sorted(Path(root).glob(place)):
@@ -857,7 +868,7 @@ def find_list(root: str | Path, pattern: str, required: bool = True) -> Path | N
     return None
 
 def find_media(root: str | Path) -> list[str]:
-    """Returns the sorted paths of all media files below `root`, recognised by their endings.
+    """Returns the sorted paths of all media files below `root`, recognised by their extensions.
 
     Linked folders are followed, but no folder is read twice. Hidden files and folders are skipped.
     """
@@ -877,7 +888,7 @@ def find_media(root: str | Path) -> list[str]:
     return sorted(found)
 
 def split_name(path: str) -> tuple[str, bool]:
-    """Returns the name of a file without endings, and whether it is a part left by yt-dlp.
+    """Returns the name of a file without extension, and whether it is a part left by yt-dlp.
 
     Until yt-dlp has merged them into `name.mp4` the parts are `name.f137.mp4` and `name.temp.mp4`.
     """
@@ -888,7 +899,7 @@ def split_name(path: str) -> tuple[str, bool]:
     return (name if is_part else stem), is_part
 
 def streams_in(path: str, look: bool = True) -> set[str]:
-    """Returns which of "audio" and "video" a file holds: by its ending, films also by a look."""
+    """Returns which of "audio" and "video" a file holds: by extension or, with `look`, content."""
     if path.lower().endswith(SOUND_FILES):
         return {"audio"}
     if path.lower().endswith(FRAME_FILES):
@@ -910,7 +921,7 @@ def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> C
     """
     parts = [path for path in cut_of if split_name(path)[1]]
     films = [path for path in cut_of if path.lower().endswith(FILM_FILES)]
-    look = len(films) > 1 or len(parts) > 0         # else it would take an hour for nothing
+    look = len(films) > 1 or len(parts) > 0         # opening all films would take an hour
     held = {path: streams_in(path, look) for path in cut_of}
 
     def rank(path: str) -> tuple:
@@ -965,9 +976,9 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None = Non
             found.append(choose_files(clip, dict(candidates), skipped))
     if not found:
         ids = [clip.id for clip in clips[:3]]
-        names = [os.path.basename(path) for path in media[:3]]
+        names = [path[len(root) + 1:] for path in media[:3]]
         raise InputError(f"{root}: none of the {len(clips):,} listed clips has a media file here; "
-                         f"the first ids are {ids}, the first files {names}; they must agree")
+                         f"the first ids are {ids}, the first files {names}; they must match")
     return found
 
 def coverage(clips: list[Clip], skipped: list) -> str:
@@ -1007,7 +1018,7 @@ def read_segments(path: Path, split: str, index: dict[str, int]) -> list[Clip]:
     return clips
 
 def tells_start(rest: str, start: float) -> bool:
-    """Tells whether the start time follows the id in a file's name: then the file is cut.
+    """Returns whether the start time follows the id in a file's name; then the file is cut.
 
     Downloaders write `_30.000_40.000`, `_30.0-40.0`, `_30`, or in milliseconds `_30000_40000`.
     """
@@ -1059,7 +1070,7 @@ UCF51 = """applyeyemakeup applylipstick archery babycrawling balancebeam bandmar
 def read_ucf101(root: str | Path, fold: int = 1, skipped: list | None = None) -> DataSet:
     """Reads UCF-101: ucfTrainTestlist/*.txt and v_*.avi, but only the 51 classes with sound.
 
-    fold  1, 2 or 3. Upper and lower case are the same, since UCF-101 itself writes HandstandPushups
+    fold  1, 2 or 3. Case is ignored, since UCF-101 itself writes HandstandPushups
     and v_HandStandPushups. Raises InputError.
     """
     text = find_list(root, "classInd.txt").read_text("utf-8-sig", "replace")
@@ -1090,7 +1101,7 @@ def read_ucf101(root: str | Path, fold: int = 1, skipped: list | None = None) ->
 def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
     """Reads annotation.json of the authors' release, or ActivityNet's activity_net*.json.
 
-    As in the authors' code a clip is a segment. Its file is either cut, `v_<id>_<k>.*`, or the
+    As in the authors' code, a clip is a segment. Its file is either cut, `v_<id>_<k>.*`, or the
     whole video, `v_<id>.*` or `<id>.*`. The classes are in the order of `labels`, or sorted where
     there is none. Raises InputError.
     """
@@ -1114,7 +1125,7 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
         start, end = note.get("segment", (0.0, None))
         clips.append(Clip(name, (index[note["label"]],), splits[subset], start=start, end=end))
         if end is None:
-            id_of[name.lower()] = name                  # UCF51's files write HandstandPushups, too
+            id_of[name.lower()] = name                  # UCF51's files differ in case
         else:
             id_of[name] = name
             segments[name.rpartition("_")[0]].append(name)
@@ -1182,8 +1193,8 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
     found = attach_files(clips, root, skipped)
     return [clip._replace(cut=False) for clip in found], classes
 
-# To add a data set write a reader, and name a file by which its layout is recognised: the first
-# that is there counts, so put yours on top.
+# To add a data set, write a reader (root, skipped) -> (clips, classes) and name a file that only
+# such a data set has. The first match counts, so put yours on top. RECIPES in 13 sets defaults.
 READERS = {"list": ("clips.csv", read_list),
            "audioset": ("class_labels_indices.csv", read_audioset),
            "ucf101": ("classInd.txt", read_ucf101),
@@ -1228,7 +1239,7 @@ def read_data(root: str | Path, split: str = "balanced", fold: int = 1,
     return layout, clips, classes
 
 def load_stream(clip: Clip, kind: str, fps: float = 4.0, side: int = 128) -> Tensor:
-    """Decodes a clip's own part of its file, which is the whole recording or already cut.
+    """Decodes a clip's part of its file, which may be the whole recording or already cut.
 
     kind  "audio" or "video"; the rest is as in `decode_audio` and `decode_video`
     Raises InputError as these do, if the clip has no such file, or if it is unclear whether the
@@ -1249,7 +1260,7 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, side: int = 128) -> Ten
     return decode_video(path, start, end, fps, side)
 
 def is_cut(path: str, kind: str, start: float, end: float) -> bool:
-    """Tells by its length whether a file holds just [start, end) of a recording, or all of it.
+    """Returns whether, by its length, a file holds just [start, end) of a recording, or all of it.
 
     Raises InputError if neither fits.
     """
@@ -1316,7 +1327,7 @@ def demo_picture(events: dict[int, float], rng: np.random.Generator) -> np.ndarr
     return picture.clip(0, 255).astype(np.uint8)
 
 def demo_sound(events: dict[int, float], rng: np.random.Generator) -> np.ndarray:
-    """Plays the calls of {event: loudness} into noise: one second, (32000,) int16."""
+    """Mixes the calls of {event: loudness} into noise: one second, (32000,) int16."""
     seconds = np.arange(32000) / 32000
     sound = rng.standard_normal(32000)
     for event, loudness in events.items():
@@ -1382,7 +1393,7 @@ def write_demo(root: Path, student: str, tags: bool, noise: float, mismatch: flo
               up to two events of other classes, half as strong, beside it.
     The other modality is the teacher's. It is clear, but faulty:
     noise     share of all clips into which an event that belongs to no class is mixed.
-    mismatch  share of the training clips that show other events instead, or, as often, none.
+    mismatch  share of the training clips that show other events instead, or, equally often, none.
     """
     rng = np.random.default_rng(seed)
     root.mkdir(parents=True)
@@ -1402,10 +1413,10 @@ def write_demo(root: Path, student: str, tags: bool, noise: float, mismatch: flo
 class Views(NamedTuple):
     """Says what a network sees of a clip: windows of one size."""
     kind: str                   # "audio" or "video"
-    frames: int = 16            # a window (authors)
+    frames: int = 16            # per window (authors)
     fps: float = 4.0            # frames a second (authors)
     size: int = 112             # side of the square window in pixels (authors)
-    seconds: float = 10.0       # of sound a window (PANNs)
+    seconds: float = 10.0       # of sound per window (PANNs)
     side: int = 240             # shorter side of the cached frames in pixels (authors' data)
     crop_area: float = 0.25     # smallest part of a frame that a training window shows (authors)
     flip: bool = True           # mirror half of the training windows (authors)
@@ -1418,7 +1429,7 @@ class Views(NamedTuple):
         return self.frames if self.kind == "video" else round(self.seconds * 32000)
 
 def pack_frames(frames: Tensor) -> dict:
-    """Compresses frames (T, 3, H, W), uint8: `jpegs`, one after another, of `sizes` bytes."""
+    """Compresses frames (T, 3, H, W), uint8: `jpegs` joined, and `sizes`, the bytes of each."""
     jpegs = []
     for frame in frames.permute(0, 2, 3, 1).numpy():
         jpeg = io.BytesIO()
@@ -1427,7 +1438,7 @@ def pack_frames(frames: Tensor) -> dict:
     return {"jpegs": torch.cat(jpegs), "sizes": [len(jpeg) for jpeg in jpegs]}
 
 def unpack_frames(jpegs: Sequence[Tensor], count: int) -> Tensor:
-    """Decodes JPEGs, each as its bytes, to `count` frames (count, 3, H, W), uint8; loops them."""
+    """Decodes JPEGs, each as its bytes, to `count` frames (count, 3, H, W), uint8, in a loop."""
     frames = []
     for jpeg in jpegs:
         frames.append(np.asarray(Image.open(io.BytesIO(jpeg.numpy()))))
@@ -1435,7 +1446,7 @@ def unpack_frames(jpegs: Sequence[Tensor], count: int) -> Tensor:
     return torch.from_numpy(np.stack((loops * frames)[:count])).permute(0, 3, 1, 2)
 
 def decode_clip(clip: Clip, views: Views, cache: Path) -> str:
-    """Decodes one stream of a clip into the cache, unless it is there; returns the file's path.
+    """Decodes one stream of a clip into the cache, unless it is there; returns the path.
 
     The file's name is a hash of all that its content depends on. Sound is kept as int16 samples,
     video as JPEGs. Raises InputError or OSError if the clip cannot be used.
@@ -1460,7 +1471,7 @@ def decode_clip(clip: Clip, views: Views, cache: Path) -> str:
 
 def decode_clips(clips: list[Clip], views: list[Views],
                  cache: Path) -> list[tuple[list[str], str]]:
-    """Decodes clips: (cache files, reason why it cannot be used or "") of each.
+    """Decodes clips; returns for each its cache files and the reason it cannot be used, or "".
 
     views  the student's and perhaps the teacher's; evaluation clips may lack the latter's modality
     """
@@ -1490,14 +1501,14 @@ def decode_all(clips: list[Clip], views: list[Views], cache: Path,
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
     """Returns the indices of up to `count` evenly spread windows of n frames (authors).
 
-    The list ends with the first window that the frames do not fill, which is looped.
+    If fewer than `count` are full, one more follows that the frames do not fill; it is looped.
     """
-    stride = max(1, math.ceil((n - 1 - size) / max(count - 1, 1)))
+    stride = max(1, math.ceil((n - 1 - size) / max(count - 1, 1)))      # n - 1: the authors'
     full = max((n - size) // stride + 1, 0)
     return sliding_windows(n, size, stride)[:min(full + 1, count)]
 
 def sliding_windows(n: int, size: int = 16, stride: int = 16) -> list[list[int]]:
-    """Returns the indices of all windows of n frames; short ones are looped (authors, in tests)."""
+    """Returns the indices of all windows of n frames; short ones loop (authors' final test)."""
     windows = []
     for start in range(0, n, stride):
         loop = min(size, n - start)
@@ -1538,11 +1549,12 @@ class ClipViews(Dataset):
         kind, length = self.data.views.kind, self.data.views.length
         if self.mode == "train":
             return [int(torch.randint(max(n - length, 0) + 1, ()))]
-        if self.mode == "val" and kind == "video":
-            return [window[0] for window in even_windows(n, length)]
         if kind == "audio":                         # no window that is less than half full
-            n = max(n - length // 2, 1)
-        return list(range(0, n, length))
+            return list(range(0, max(n - length // 2, 1), length))
+        windows = sliding_windows(n, length, length)
+        if self.mode == "val":
+            windows = even_windows(n, length)
+        return [window[0] for window in windows]
 
     def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
         i, windows = self.indices[n], []
@@ -1563,7 +1575,7 @@ class ClipViews(Dataset):
         return i, torch.stack(windows), self.data.labels([i])[0], self.teacher[i]
 
 def join_clips(items: list) -> tuple[Sequence[int], Tensor, list[int], Tensor, Tensor]:
-    """Joins items of `ClipViews`: indices, windows of all, windows a clip, labels, embeddings."""
+    """Joins items of `ClipViews`: indices, windows, windows per clip, labels, embeddings."""
     indices, windows, labels, teacher = zip(*items)
     counts = [len(part) for part in windows]
     return indices, torch.cat(windows), counts, torch.stack(labels), torch.stack(teacher)
@@ -1589,7 +1601,7 @@ class Data(NamedTuple):
 
     def loader(self, indices: list[int], mode: str, batch_size: int, workers: int, seed: int = 0,
                teacher: Tensor | None = None) -> DataLoader:
-        """Returns a loader: for "train", of shuffled whole batches, else of all clips in order.
+        """Returns a loader: shuffled whole batches for "train", otherwise all clips in order.
 
         Clips that do not fill a last batch are left out, unless it is the only batch. Under
         torchrun each process gets a part of every training batch, `batch_size` clips.
@@ -1601,12 +1613,12 @@ class Data(NamedTuple):
         return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers,
                           collate_fn=join_clips, persistent_workers=workers > 0,
                           pin_memory=torch.cuda.is_available(),
-                          generator=torch.Generator(),      # leaves torch's own to SpecAugment
+                          generator=torch.Generator(),      # keeps torch's own for SpecAugment
                           drop_last=mode == "train" and len(indices) >= batch_size * world)
 
 # -------------------- 8. Metrics (between 0 and 1, except d') --------------------
 def by_class(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields, for each class with a positive, the rising scores of positives and of negatives."""
+    """Yields, for each class with a positive, the sorted scores of positives and of negatives."""
     columns = torch.as_tensor(scores).numpy(force=True).T
     positive = torch.as_tensor(labels).numpy(force=True).T > 0
     for column, own in zip(columns, positive, strict=True):
@@ -1629,7 +1641,7 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     return statistics.fmean(precisions)
 
 def mean_auc(scores: Tensor, labels: Tensor) -> float:
-    """Returns the mean area under the ROC curve of scores (N, C), ties counted half.
+    """Returns the mean area under the ROC curve of scores (N, C); ties count half.
 
     The mean is over the classes that have both positives and negatives; nan if no class has.
     """
@@ -1652,11 +1664,11 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
                       topk: int = 500) -> dict[str, float]:
     """Ranks the gallery (G, D) by cosine to each query (Q, D); clips of the query's label are hits.
 
-    Labels are class indices (Q,), (G,). A query that is in the gallery, too, finds itself.
+    Labels are class indices (Q,), (G,). A query that is also in the gallery finds itself.
     R@k           share of queries with a hit among the k nearest clips
     mAP           mean of the average precision over the whole ranking; 0 for a query without hits
     mAP_released  the released scripts' variant: cut at `topk`, queries without a hit left out
-    256 queries are compared at a time, to save memory. Of equally near clips, misses come first.
+    256 queries are compared at a time, to save memory. Among equals, misses come first.
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
     wanted = torch.as_tensor(query_labels)
@@ -1710,7 +1722,7 @@ def save(path: Path, content: object) -> None:
         else:
             part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:        # torch.save makes a RuntimeError of a full disk
+    except (OSError, RuntimeError) as error:        # torch.save: a RuntimeError if it is full
         part.unlink(missing_ok=True)
         raise InputError(f"{path} cannot be written; is the disk full? ({error})") from error
 
@@ -1730,7 +1742,7 @@ def strip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     stripped = {}
     for name, value in state.items():
         if name.endswith("extractor.melW") and len(value) != 513:
-            raise ValueError("its log-mel is made for another sample rate than 32 kHz")
+            raise ValueError("its log-mel is made for a sample rate other than 32 kHz")
         if "_extractor." not in name:
             stripped[name.removeprefix("module.").removeprefix("_orig_mod.")] = value
     return stripped
@@ -1827,7 +1839,7 @@ def predict(args, network: nn.Module, data: Data, indices: list[int],
     return torch.stack(join_shares(probabilities)), torch.stack(join_shares(embeddings))
 
 def evaluate(args, network: nn.Module, data: Data) -> dict[str, float]:
-    """Returns the task's metrics on the evaluation clips; retrieval is from the training clips."""
+    """Returns the task's metrics on the evaluation clips; retrieval searches the training clips."""
     probabilities, queries = predict(args, network, data, data.eval)
     labels = data.labels(data.eval)
     metrics = score(probabilities, labels)
@@ -1921,7 +1933,7 @@ def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: P
     """Trains one network by one method and returns it as it is after the last epoch.
 
     Writes config.json, log.jsonl (a row an epoch), best.pt and last.pt (for --resume) into `out`.
-    An epoch depends on seed and epoch number alone, so a resumed run continues as if never stopped.
+    An epoch depends on seed and epoch number alone, so resuming changes nothing.
     """
     rank, world = process()
     student, noise_filter, optimizer = build(args, data, method, seed, teacher)
@@ -2029,7 +2041,7 @@ def open_teacher(args) -> tuple[nn.Module | None, Views]:
     return None, views
 
 def train_teacher(args, data: Data, out: Path) -> nn.Module:
-    """Trains a teacher on nine tenths of the training clips; returns the epoch best on the rest.
+    """Trains a teacher on nine tenths of the training clips; returns its best epoch on the rest.
 
     A network that has memorised its clips would embed their labels, not their content.
     """
@@ -2072,7 +2084,7 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
     return rows
 
 def given_teacher(args, clips: list[Clip], out: Path) -> Teacher | None:
-    """Returns the teacher of a folder, of another run's teacher.pt or, on --resume, of this run's.
+    """Returns the embeddings of a folder, another run's teacher.pt or, on --resume, this run's.
 
     Returns None if a network has to embed the clips.
     """
@@ -2174,7 +2186,7 @@ def predict_files(args, saved: dict) -> None:
         raise InputError(f"{bad} of {len(files)} files could not be used")
 
 # -------------------- 13. Arguments and main --------------------
-# Defaults that differ for a data set.
+# Defaults that depend on the data set.
 RECIPES = {
     "audioset": {"task": "audio_tagging", "epochs": 60},    # about as many steps as UCF51's (ours)
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},   # authors
@@ -2223,17 +2235,17 @@ def build_parser() -> Parser:
         help="demo: share of training clips whose teacher sees something else")
     add("--per-class", type=count, metavar="N",
         help="train on N clips of each class, drawn by --seed")
-    add("--max-skipped", type=part, default=0.2, help="share of clips that may be unreadable")
+    add("--max-skipped", type=part, default=0.2, help="largest share of unreadable clips")
 
     add = parser.add_argument_group("views").add_argument
-    add("--frames", type=count, default=16, help="frames a window (authors)")
+    add("--frames", type=count, default=16, help="frames per window (authors)")
     add("--fps", type=number(float, 0.01, 240), default=4.0, help="frames a second (authors)")
     add("--size", type=number(int, 16, 4096), default=112,
         help="side of a window in pixels (authors)")
     add("--frame-side", type=number(int, 16, 4096), default=240,
         help="shorter side of the cached frames; they are never enlarged (authors' data)")
     add("--seconds", type=number(float, 0.4, 3600), default=10.0,
-        help="seconds of sound a window; shorter clips are looped (PANNs)")
+        help="seconds of sound per window; shorter clips are looped (PANNs)")
     add("--crop-area", type=number(float, 0.01, 1), default=0.25,
         help="smallest part of a frame that a training window shows (authors)")
     add("--flip", action=flag, default=True, help="mirror half of the training windows (authors)")
@@ -2242,7 +2254,7 @@ def build_parser() -> Parser:
 
     add = parser.add_argument_group("method").add_argument
     add("--method", default="xmkd",
-        help=f"{', '.join(METHODS)}, or several, joined by commas, or all, to compare them")
+        help=f"one of {', '.join(METHODS)}; several, joined by commas, or all, are compared")
     add("--teacher", default="auto",
         help="auto: r2plus1d_18 for video, from scratch for sound; scratch; a checkpoint; a run's "
              "teacher.pt; or a folder of <clip id>.npy")
@@ -2250,7 +2262,7 @@ def build_parser() -> Parser:
     add("--shuffle-teacher", action=flag, default=False,
         help="permute the teacher's embeddings among the training clips, as a control (ours)")
     add("--csc-offset", type=number(float, 1e-6, 10), default=0.07,
-        help="temperature = similarity + offset (authors)")
+        help="added to the similarity to give CSC's temperature (authors)")
     add("--margin", type=number(float, 0, 2), default=0.2,
         help="margin of the triplet term, in cosine (authors)")
     add("--sparsity", type=part, default=1e-3, help="weight of the L1 term (authors)")
@@ -2263,7 +2275,7 @@ def build_parser() -> Parser:
     add("--batch-size", type=number(int, 2, 10**6), default=32,
         help="clips per step, over all processes (authors)")
     add("--lr", type=number(float, 0, 10), default=3e-4,
-        help="Adam's rate for the student; a fifth of it is the filter's (authors)")
+        help="Adam's rate for the student; the filter's is a fifth of it (authors)")
     add("--weight-decay", type=part, default=5e-4, help="Adam's coupled L2 (authors)")
     add("--eval-every", type=count, default=5, help="epochs between evaluations (authors)")
 
@@ -2275,7 +2287,7 @@ def build_parser() -> Parser:
     add("--out", help="run folder, by default runs/<task>-<data>-<method>-s<seed>")
     add("--cache", default="runs/cache", help="folder of decoded clips; runs may share it")
     add("--resume", action=flag, default=False, help="continue after the last epoch in --out")
-    add("--checkpoint", metavar="FILE", help="evaluate this one: ours, the authors' or PANNs'")
+    add("--checkpoint", metavar="FILE", help="checkpoint to evaluate: ours, the authors' or PANNs'")
     add("--predict", nargs="+", metavar="FILE",
         help="with --checkpoint: print the classes of media files, or of all in a folder")
     add("--gallery", metavar="FOLDER", help="with --predict: print its clips nearest to each file")
@@ -2363,7 +2375,7 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
         kind, tags = STUDENT_KIND[args.task], args.task == "audio_tagging"
         root = Path(args.cache, f"demo-{kind}-{args.noise:g}-{args.mismatch:g}-{args.seed}")
         if process()[0] == 0 and not root.exists():
-            part = Path(f"{root}.{os.getpid()}.part")       # renamed when it is whole
+            part = Path(f"{root}.{os.getpid()}.part")       # renamed once complete
             write_demo(part, kind, tags, args.noise, args.mismatch, args.seed)
             with suppress(OSError):                         # another run may have been faster
                 part.rename(root)
@@ -2392,7 +2404,7 @@ def limit_classes(clips: list[Clip], per_class: int, seed: int) -> list[Clip]:
 
 def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
               views: list[Views]) -> list[Data]:
-    """Decodes a data set and returns it as each of `views` shows it, the student's first.
+    """Decodes a data set and returns one Data for each of `views`, the student's first.
 
     Clips that cannot be used are left out; skipped.csv says why. Raises InputError if too many are
     unreadable or too few are left.
