@@ -573,6 +573,8 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
     """
     options = {"protocol_whitelist": ""}        # a playlist must not open other files or addresses
     try:
+        if os.path.getsize(path) == 0:
+            raise InputError("it is empty (0 bytes)")
         with open(path, "rb") as file, \
                 av.open(file, options=options, metadata_errors="replace") as container:
             stream = choose_stream(container, kind)
@@ -820,13 +822,13 @@ def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
     side  as in `decode_video`
     Raises InputError if h5py is missing or the file cannot be decoded.
     """
-    pictures = []
+    pictures, size = [], None
     try:
         import h5py
         with h5py.File(path) as file:
             for jpeg in file["video"]:
                 picture = Image.open(io.BytesIO(jpeg)).convert("RGB")
-                size = scaled_size(picture.width, picture.height, side)
+                size = size or scaled_size(picture.width, picture.height, side)
                 pictures.append(picture.resize(size, Image.Resampling.BILINEAR))
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
     except ImportError:
@@ -920,20 +922,21 @@ def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> C
     before films, and films with sound before silent ones. The others are named in `skipped`.
     """
     parts = [path for path in cut_of if split_name(path)[1]]
-    films = [path for path in cut_of if path.lower().endswith(FILM_FILES)]
-    look = len(films) > 1 or len(parts) > 0         # opening all films would take an hour
+    pictures = [path for path in cut_of if not path.lower().endswith(SOUND_FILES)]
+    look = len(pictures) > 1 or len(parts) > 0      # opening all films would take an hour
     held = {path: streams_in(path, look) for path in cut_of}
 
     def rank(path: str) -> tuple:
         streams = held[path]
         return not cut_of[path], path in parts, "video" in streams, -len(streams), len(path), path
 
-    files = {}
-    for path in sorted(cut_of, key=rank):
+    ranked, files = sorted(cut_of, key=rank), {}
+    for path in ranked:
         for kind in held[path]:
             files.setdefault(kind, path)
-    if not files:                                   # decoding says why it cannot be read
-        files = {"audio": path, "video": path}
+    for path in ranked:
+        if not held[path]:                          # decoding says why it cannot be read
+            files = {"audio": path, "video": path} | files
     for path in cut_of:
         if path not in files.values():
             skipped.append((path, "not used: other files of this clip come first"))
@@ -1920,12 +1923,11 @@ def resume_from(args, out: Path, about: dict) -> dict:
             (out / name).unlink(missing_ok=True)
         return {}
     saved = load_checkpoint(path)
-    before = saved | saved["settings"]
-    now = about | about["settings"]
-    for name, value in now.items():
-        if name not in ("settings", "versions") and before.get(name) != value:
-            raise InputError(f"--resume: {name} was {before.get(name)} in {path} and is now "
-                             f"{value}; keep it or give another --out")
+    for before, now in (saved, about), (saved["settings"], about["settings"]):  # both have a seed
+        for name, value in now.items():
+            if name not in ("settings", "versions") and before.get(name) != value:
+                raise InputError(f"--resume: {name} was {before.get(name)} in {path} and is now "
+                                 f"{value}; keep it or give another --out")
     return saved
 
 def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: Path, epochs: int,
@@ -2068,6 +2070,8 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
             folded[name.lower()].append(path)
     for clip in clips:
         found = exact[clip.id] or folded[clip.id.lower()]
+        if Path(folder, f"{clip.id}.npy") in found:
+            found = [Path(folder, f"{clip.id}.npy")]
         if len(found) != 1:                         # none, or it is unclear which one is meant
             continue
         try:
@@ -2101,11 +2105,11 @@ def given_teacher(args, clips: list[Clip], out: Path) -> Teacher | None:
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        rows = dict(zip(saved["ids"], saved["embeddings"]))
+        rows, kind = dict(zip(saved["ids"], saved["embeddings"])), saved["kind"]
     except Exception as error:                      # the loader raises a dozen kinds
         raise InputError(f"{path} is not a run's teacher.pt") from error
     metrics = saved["metrics"] if resumed else {}   # another run may have other evaluation clips
-    return rows, {"kind": saved["kind"], "metrics": metrics}
+    return rows, {"kind": kind, "metrics": metrics}
 
 def embed_clips(args, data: Data, network: nn.Module | None, out: Path) -> Teacher:
     """Embeds the clips of `data`, which holds them as the teacher sees them.
