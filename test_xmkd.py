@@ -823,7 +823,7 @@ DEFINITIONS = {n.name: n for n in NODES if isinstance(n, (ast.FunctionDef, ast.C
 TO_TAKE = [name for name, node in DEFINITIONS.items()
            if sum(banner < node.lineno for banner in BANNERS) in (1, 2, 3, 4, 8)]
 LARGE = ["VideoNet", "AudioNet", "make_network", "train_step", "Distiller"]
-LINES = 2610            # the goal of the design is 1,650
+LINES = 2590            # the goal of the design is 1,650
 
 def names_in(node):
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}

@@ -856,18 +856,17 @@ FRAME_FILES = (".hdf5",)                        # a JPEG a frame, as in the auth
 MISSING = {"train": "missing: no file is named after this training clip",
            "eval": "missing: no file is named after this evaluation clip"}
 
-def find_list(root: str | Path, pattern: str, required: bool = True) -> Path | None:
-    """Returns the first path that matches `pattern` in `root` or one folder below.
+def find_list(root: str | Path, *patterns: str) -> Path:
+    """Returns the first path that matches the first pattern in `root` or one folder below.
 
-    If there is none, returns None or, if it is `required`, raises InputError.
+    Later patterns count if those before have no match. Raises InputError if none has.
     """
-    for place in (pattern, f"[!.]*/{pattern}"):
-        for path in sorted(Path(root).glob(place)):
-            if not path.name.startswith("."):
-                return path
-    if required:
-        raise InputError(f"{root}: no {pattern} in this folder or one folder below")
-    return None
+    for pattern in patterns:
+        for place in (pattern, f"[!.]*/{pattern}"):
+            for path in sorted(Path(root).glob(place)):
+                if not path.name.startswith("."):
+                    return path
+    raise InputError(f"{root}: no {' or '.join(patterns)} in this folder or one folder below")
 
 def find_media(root: str | Path) -> list[str]:
     """Returns the sorted paths of all media files below `root`, recognised by their extensions.
@@ -906,20 +905,20 @@ def streams_in(path: str, look: bool = True) -> set[str]:
         return {"audio"}
     if path.lower().endswith(FRAME_FILES):
         return {"video"}
-    held = {"audio", "video"}
-    for kind in sorted(held) if look else []:
-        try:
-            with open_stream(path, kind):
-                pass
-        except InputError:
-            held.remove(kind)
+    if not look:
+        return {"audio", "video"}
+    held = set()
+    for kind in ("audio", "video"):
+        with suppress(InputError), open_stream(path, kind):
+            held.add(kind)
     return held
 
 def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> Clip:
     """Returns the clip with a file for its sound and one for its pictures, out of {path: cut}.
 
     Files that are cut to the clip come first, parts that yt-dlp left behind last. Sound files come
-    before films, and films with sound before silent ones. The others are named in `skipped`.
+    before films, and films with sound before silent ones. What cannot be read serves if there is
+    nothing else, since decoding says why. The others are named in `skipped`.
     """
     parts = [path for path in cut_of if split_name(path)[1]]
     pictures = [path for path in cut_of if not path.lower().endswith(SOUND_FILES)]
@@ -928,15 +927,13 @@ def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> C
 
     def rank(path: str) -> tuple:
         streams = held[path]
-        return not cut_of[path], path in parts, "video" in streams, -len(streams), len(path), path
+        source = not streams, not cut_of[path], path in parts
+        return source, "video" in streams, -len(streams), len(path), path
 
-    ranked, files = sorted(cut_of, key=rank), {}
-    for path in ranked:
-        for kind in held[path]:
+    files = {}
+    for path in sorted(cut_of, key=rank):
+        for kind in held[path] or ("audio", "video"):
             files.setdefault(kind, path)
-    for path in ranked:
-        if not held[path]:                          # decoding says why it cannot be read
-            files = {"audio": path, "video": path} | files
     for path in cut_of:
         if path not in files.values():
             skipped.append((path, "not used: other files of this clip come first"))
@@ -1054,8 +1051,8 @@ def read_audioset(root: str | Path, split: str = "balanced",
         for prefix in ("", "Y", "v_", "id_", "v"):      # "" first: an id may begin with Y or v
             name = stem.removeprefix(prefix)
             if name[:11] in start_of:
-                is_cut = tells_start(name[11:], start_of[name[:11]])
-                return [name[:11]], is_cut or None
+                cut = tells_start(name[11:], start_of[name[:11]]) or None
+                return [name[:11]], cut
         return [], None
 
     return attach_files(clips, root, skipped, match), classes
@@ -1108,7 +1105,7 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
     whole video, `v_<id>.*` or `<id>.*`. The classes are in the order of `labels`, or sorted where
     there is none. Raises InputError.
     """
-    path = find_list(root, "*annotation.json", False) or find_list(root, "activity_net*.json")
+    path = find_list(root, "*annotation.json", "activity_net*.json")
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     entries = []
     for key, entry in content["database"].items():
@@ -1174,10 +1171,14 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
     path = find_list(root, "clips.csv")
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file))
-    clips, names = [], []
+    joined = ";".join(row.get("labels") or "" for row in rows)
+    classes = sorted({name.strip() for name in joined.split(";")} - {""})
+    index = {name: i for i, name in enumerate(classes)}
+    clips = []
     for number, row in enumerate(rows, 2):
         try:
-            labels = [name.strip() for name in row["labels"].split(";") if name.strip()]
+            names = {name.strip() for name in row["labels"].split(";")} - {""}
+            labels = tuple(sorted(index[name] for name in names))
             start = float(row.get("start") or 0)
             end = float(row["end"]) if row.get("end") else None
             if not row["id"] or not labels or row["split"] not in ("train", "eval"):
@@ -1185,14 +1186,7 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
         except (KeyError, ValueError, AttributeError) as error:
             raise InputError(f"{path}:{number}: expected id,split,labels and perhaps start,end, "
                              f"got {list(row.values())}: {error}") from None
-        clips.append(Clip(row["id"], (), row["split"], start=start, end=end))
-        names.append(labels)
-
-    classes = sorted({name for labels in names for name in labels})
-    index = {name: i for i, name in enumerate(classes)}
-    for i, labels in enumerate(names):
-        indices = {index[name] for name in labels}
-        clips[i] = clips[i]._replace(labels=tuple(sorted(indices)))
+        clips.append(Clip(row["id"], labels, row["split"], start=start, end=end))
     found = attach_files(clips, root, skipped)
     return [clip._replace(cut=False) for clip in found], classes
 
@@ -1212,10 +1206,10 @@ def find_layout(root: str | Path) -> str:
     if not os.path.isdir(root):
         raise InputError(f"{root}: there is no such folder")
     for layout, (sign, _) in READERS.items():
-        path = find_list(root, sign, required=False)
-        if path and layout == "release" and '"segment"' in path.read_text(encoding="utf-8-sig"):
-            return "activitynet"                        # the release of its segments
-        if path:
+        with suppress(InputError):
+            path = find_list(root, sign)
+            if layout == "release" and '"segment"' in path.read_text(encoding="utf-8-sig"):
+                return "activitynet"                    # the release of its segments
             return layout
     signs = ", ".join(f"{sign} ({name})" for name, (sign, _) in READERS.items())
     raise InputError(f"{root}: none of {signs} is in it or one folder below")
@@ -1265,9 +1259,18 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, side: int = 128) -> Ten
 def is_cut(path: str, kind: str, start: float, end: float) -> bool:
     """Returns whether, by its length, a file holds just [start, end) of a recording, or all of it.
 
+    Packets tell the length, since headers of piped files lack it and FFmpeg guesses MP3's.
     Raises InputError if neither fits.
     """
-    length, segment = stream_seconds(path, kind, end), end - start
+    length, segment = 0.0, end - start
+    with open_stream(path, kind) as stream:
+        origin = (stream.container.start_time or 0) / av.time_base
+        for packet in stream.container.demux(stream):
+            if packet.pts is not None:
+                stop = (packet.pts + (packet.duration or 0)) * packet.time_base
+                length = max(length, float(stop) - origin)
+            if length > end:
+                break
     longer, missing = length - segment, end - length
     margin = max(0.5, 0.1 * segment)
     if longer <= margin and longer < missing:
@@ -1276,22 +1279,6 @@ def is_cut(path: str, kind: str, start: float, end: float) -> bool:
         return False
     raise InputError(f"{path}: its {length:.1f} s may be the recording or the part from {start:g} "
                      f"to {end:g} s; put these two times into its name")
-
-def stream_seconds(path: str, kind: str, enough: float) -> float:
-    """Returns how long a stream is, in seconds; it is read no further than `enough`.
-
-    It reads packets, since headers of piped files lack the duration and FFmpeg guesses MP3's.
-    """
-    seconds = 0.0
-    with open_stream(path, kind) as stream:
-        origin = (stream.container.start_time or 0) / av.time_base
-        for packet in stream.container.demux(stream):
-            if packet.pts is not None:
-                stop = (packet.pts + (packet.duration or 0)) * packet.time_base
-                seconds = max(seconds, float(stop) - origin)
-            if seconds > enough:
-                break
-    return seconds
 
 # -------------------- 6. Demo: generated shapes and calls as media files --------------------
 def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -1323,8 +1310,7 @@ def demo_picture(events: dict[int, float], rng: np.random.Generator) -> np.ndarr
         turn = rng.uniform(-0.4, 0.4)                       # radians
         x = right * np.cos(turn) + down * np.sin(turn)
         y = down * np.cos(turn) - right * np.sin(turn)
-        brighter = rng.choice([-1, 1])
-        color = ground + 128 * brighter * rng.uniform(0.4, 1, 3)
+        color = ground + rng.choice([-128, 128]) * rng.uniform(0.4, 1, 3)
         inside = demo_shape(event, x, y)
         picture[inside] += contrast * (color - picture[inside])
     return picture.clip(0, 255).astype(np.uint8)
@@ -1359,8 +1345,7 @@ def write_media(path: Path, sound: np.ndarray, picture: np.ndarray) -> None:
         container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         block = av.AudioFrame.from_ndarray(sound[None], format="s16", layout="mono")
         block.sample_rate = 32000
-        container.mux(audio.encode(block))
-        container.mux(audio.encode(None))
+        container.mux(audio.encode(block) + audio.encode(None))     # None: what it still holds
 
 def demo_clip(first: int, student: str, tags: bool, noise: float, mismatch: float,
               rng: np.random.Generator) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -2174,11 +2159,9 @@ def predict_files(args, saved: dict) -> None:
             raise InputError(f"--gallery {args.gallery}: no clip can be used: {decoded[-1][1]}")
         scores = cosine_matrix(embeddings, embeddings[[row[path] for path in names]])
 
-    bad = 0
     for path in files:
         print(path)
         if path in reasons:
-            bad += 1
             print(f"  error: {reasons[path].removeprefix(f'{path}: ')}")
             continue
         own = scores[row[path]]
@@ -2186,6 +2169,7 @@ def predict_files(args, saved: dict) -> None:
         others = [k for k in order if os.path.realpath(names[k]) != os.path.realpath(path)]
         for k in others[:5]:
             print(f"  {own[k]:.3f}  {names[k]}")
+    bad = sum(path in reasons for path in files)
     if bad:
         raise InputError(f"{bad} of {len(files)} files could not be used")
 
@@ -2208,13 +2192,11 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, low: float, high: float) -> Callable[[str], float]:
     """Returns an argparse type: a number from low to high."""
     def parse(text: str) -> float:
-        try:
+        with suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
-        return value
+            if low <= value <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {low:g} to {high:g}")
     return parse
 
 def build_parser() -> Parser:
@@ -2373,9 +2355,13 @@ def make_views(args, kind: str) -> Views:
                  args.crop_area, args.flip, args.strong)
 
 def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
-    """Returns the clips of --data, with files, and the classes; writes the demo if need be."""
-    layout, root = find_layout(args.data), Path(args.data)
-    if layout == "demo":
+    """Returns the clips of --data, with files, and the classes.
+
+    Makes the run folder and, if need be, the demo.
+    """
+    root = Path(args.data)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    if args.data == "demo":
         kind, tags = STUDENT_KIND[args.task], args.task == "audio_tagging"
         root = Path(args.cache, f"demo-{kind}-{args.noise:g}-{args.mismatch:g}-{args.seed}")
         if process()[0] == 0 and not root.exists():
@@ -2396,28 +2382,33 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
 def limit_classes(clips: list[Clip], per_class: int, seed: int) -> list[Clip]:
     """Keeps all evaluation clips, and random training clips until each class has `per_class`."""
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed)).tolist()
-    counts, kept = Counter(), []
+    kept = {i for i in order if clips[i].split == "eval"}
+    counts = Counter()
     for i in order:
         labels = clips[i].labels
-        if clips[i].split == "eval":
-            kept.append(i)
-        elif min(counts[label] for label in labels) < per_class:
+        if i not in kept and min(counts[label] for label in labels) < per_class:
             counts.update(labels)
-            kept.append(i)
+            kept.add(i)
     return [clips[i] for i in sorted(kept)]
 
 def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
-              views: list[Views]) -> list[Data]:
-    """Decodes a data set and returns one Data for each of `views`, the student's first.
+              *others: Views) -> list[Data]:
+    """Decodes a data set; returns one Data with the student's views and one for each of `others`.
 
     Clips that cannot be used are left out; skipped.csv says why. Raises InputError if too many are
     unreadable or too few are left.
     """
+    least = 2 * process()[1]                                # training clips
+    if args.checkpoint and args.task != "video_retrieval":
+        least = 0
+        clips = [clip for clip in clips if clip.split == "eval"]
+    views = [make_views(args, STUDENT_KIND[args.task]), *others]
     decoded = decode_all(clips, views, Path(args.cache), args.workers)
-    kept, unreadable = [], []
+    usable, cached, unreadable = [], [], []
     for clip, (files, reason) in zip(clips, decoded):
         if not reason:
-            kept.append((clip, files))
+            usable.append(clip)
+            cached.append(files)
             continue
         skipped.append((clip.id, reason))
         if not reason.startswith("missing"):
@@ -2425,25 +2416,20 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
     if process()[0] == 0:
         with open(f"{args.out}/skipped.csv", "w", newline="", errors="surrogateescape") as file:
             csv.writer(file).writerows([("path", "reason")] + skipped)
-    train = [i for i, (clip, _) in enumerate(kept) if clip.split == "train"]
-    evaluation = [i for i, (clip, _) in enumerate(kept) if clip.split == "eval"]
+    train = [i for i, clip in enumerate(usable) if clip.split == "train"]
+    evaluation = [i for i, clip in enumerate(usable) if clip.split == "eval"]
     log.info(f"{len(train):,} training and {len(evaluation):,} evaluation clips can be used; "
              f"{args.out}/skipped.csv has {len(skipped):,} entries")
     if len(unreadable) > args.max_skipped * len(clips):
         raise InputError(f"{len(unreadable)} of {len(clips)} clips are unreadable, more than "
                          f"--max-skipped {args.max_skipped:g} allows; the first: {unreadable[0]}")
-    least = 2 * process()[1]
-    if args.checkpoint and args.task != "video_retrieval":
-        least = 0
     if len(train) < least or not evaluation:
         raise InputError(f"{args.data}: needs {least} training clips and one evaluation clip that "
                          f"can be used, but has {len(train)} and {len(evaluation)}")
-    usable = [clip for clip, _ in kept]
     tags = args.task == "audio_tagging"
     parts = []
-    for k, view in enumerate(views):
-        files = [files[k] for _, files in kept]
-        parts.append(Data(usable, classes, tags, train, evaluation, view, files))
+    for view, files in zip(views, zip(*cached)):
+        parts.append(Data(usable, classes, tags, train, evaluation, view, list(files)))
     return parts
 
 def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
@@ -2454,13 +2440,12 @@ def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
     """
     skipped, out = [], Path(args.out)
     clips, classes = read_clips(args, skipped)
-    views = [make_views(args, STUDENT_KIND[args.task])]
     if args.method == "student":
-        return open_data(args, clips, classes, skipped, views)[0], None, None
+        return open_data(args, clips, classes, skipped)[0], None, None
     given = given_teacher(args, clips, out)
     if given is None:
         network, its_views = open_teacher(args)
-        data, seen_by_teacher = open_data(args, clips, classes, skipped, views + [its_views])
+        data, seen_by_teacher = open_data(args, clips, classes, skipped, its_views)
         rows, about = embed_clips(args, seen_by_teacher, network, out)
     else:
         rows, about = given
@@ -2470,7 +2455,7 @@ def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
                 usable.append(clip)
             else:
                 skipped.append((clip.id, "missing: the teacher has no embedding of it"))
-        data = open_data(args, usable, classes, skipped, views)[0]
+        data = open_data(args, usable, classes, skipped)[0]
     ids = [clip.id for clip in data.clips]
     none = torch.zeros_like(next(iter(rows.values())))
     embeddings = torch.stack([rows.get(name, none) for name in ids])
@@ -2504,34 +2489,25 @@ def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
             line += f"{cell:>16}"
         print(line)
 
-def finish(args, data: Data, network: nn.Module, out: Path, about: dict, begun: float) -> dict:
-    """Evaluates a network and its best epoch by the task's final protocol; writes results.json."""
-    metrics = evaluate(args, network, data)
-    results = {"task": args.task, "data": args.data, **about, "metrics": metrics,
-               "clips": {"train": len(data.train), "eval": len(data.eval)}}
-    if not args.checkpoint:
-        best = load_checkpoint(out / "best.pt")
-        results.update(epoch=best["epoch"], metrics_best=metrics)
-    if not args.checkpoint and best["epoch"] < args.epochs:
-        network.load_state_dict(best["student"])
-        results["metrics_best"] = evaluate(args, network, data)
-    results["seconds"] = round(time.time() - begun, 1)
+def save_results(args, data: Data, out: Path, begun: float, about: dict, **best) -> None:
+    """Writes results.json: `about`, the number of clips, the `best` epoch and its metrics."""
+    results = {"task": args.task, "data": args.data, **about,
+               "clips": {"train": len(data.train), "eval": len(data.eval)}, **best,
+               "seconds": round(time.time() - begun, 1)}
     if process()[0] == 0:
         save(out / "results.json", results)
-    return results
 
 def run(args) -> None:
     """Trains every method with every seed on the same data and teacher, and prints the table."""
     begun, out, methods = time.time(), Path(args.out), args.method.split(",")
     data, embeddings, teacher = prepare(args)
-    rows, about = {}, {"teacher": teacher}
+    rows = {}
     if teacher is not None:
         rows["teacher"] = [teacher["metrics"]]
     if args.shuffle_teacher and teacher is not None:
         generator = torch.Generator().manual_seed(args.seed)
-        train = torch.tensor(data.train)
-        embeddings = embeddings.clone()
-        embeddings[train] = embeddings[train[torch.randperm(len(train), generator=generator)]]
+        order = torch.randperm(len(data.train), generator=generator)
+        embeddings[data.train] = embeddings[data.train][order]
     several = len(methods) > 1 or args.seeds > 1
     for seed in range(args.seed, args.seed + args.seeds):
         for method in methods:
@@ -2539,17 +2515,21 @@ def run(args) -> None:
             folder = out / f"{method}-s{seed}" if several else out
             student = fit(args, data, method, seed, embeddings, folder, args.epochs,
                           args.eval_every)
-            about.update(method=method, seed=seed)
-            results = finish(args, data, student, folder, about, started)
-            rows.setdefault(method, []).append(results["metrics"])
-    if process()[0] == 0 and several:
+            metrics = evaluate(args, student, data)
+            best, metrics_best = load_checkpoint(folder / "best.pt"), metrics
+            if best["epoch"] < args.epochs:
+                student.load_state_dict(best["student"])
+                metrics_best = evaluate(args, student, data)
+            about = {"teacher": teacher, "method": method, "seed": seed, "metrics": metrics}
+            save_results(args, data, folder, started, about, epoch=best["epoch"],
+                         metrics_best=metrics_best)
+            rows.setdefault(method, []).append(metrics)
+    if several:
         means = {}
-        for name in results["metrics"]:                     # of the last method
-            means[name] = statistics.mean(run[name] for run in rows[methods[-1]])
-        save(out / "results.json", {
-            "task": args.task, "data": args.data, "method": args.method, "seed": args.seed,
-            "metrics": means, "table": rows, "teacher": about["teacher"],
-            "clips": results["clips"], "seconds": round(time.time() - begun, 1)})
+        for name in metrics:                                # of the last method
+            means[name] = statistics.mean(run[name] for run in rows[method])
+        about = {"method": args.method, "seed": args.seed, "metrics": means, "table": rows}
+        save_results(args, data, out, begun, {**about, "teacher": teacher})
     print_table(rows)
     log.info(f"\nThe table shows the last epoch on {len(data.eval):,} evaluation clips; each run's "
              "results.json also has the best epoch.")
@@ -2562,15 +2542,12 @@ def evaluate_checkpoint(args, saved: dict) -> None:
     if known != classes or count != len(classes):
         raise InputError(f"--checkpoint {args.checkpoint} has {count} classes, such as {known[0]}; "
                          f"--data {args.data} has {len(classes)}, such as {classes[0]}")
-    if args.task != "video_retrieval":
-        clips = [clip for clip in clips if clip.split == "eval"]
-    views = [make_views(args, STUDENT_KIND[args.task])]
-    data = open_data(args, clips, classes, skipped, views)[0]
+    data = open_data(args, clips, classes, skipped)[0]
+    metrics = evaluate(args, restore(saved, args.device), data)
     about = {"method": saved["method"], "seed": saved["seed"], "teacher": None,
-             "checkpoint": args.checkpoint}
-    network = restore(saved, args.device)
-    results = finish(args, data, network, Path(args.out), about, begun)
-    print_table({saved["method"]: [results["metrics"]]})
+             "checkpoint": args.checkpoint, "metrics": metrics}
+    save_results(args, data, Path(args.out), begun, about)
+    print_table({saved["method"]: [metrics]})
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
@@ -2587,24 +2564,21 @@ def main(argv: list[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = True       # tries kernels, keeps the fastest
         if args.predict:
             predict_files(args, saved)
-            return 0
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        if args.checkpoint:
+        elif args.checkpoint:
             evaluate_checkpoint(args, saved)
         else:
             run(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return 0
     except (InputError, OSError) as error:
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
-        return 2
+        code, message = 2, f"error: {str(error).strip().splitlines()[-1]}"
     except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; lower --batch-size or --frames", file=sys.stderr)
-        return 2
+        code, message = 2, "error: the GPU's memory is full; lower --batch-size or --frames"
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume continues", file=sys.stderr)
-        return 130
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0
+        code, message = 130, "\ninterrupted; the same command with --resume continues"
+    print(message, file=sys.stderr)
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())
