@@ -514,11 +514,11 @@ def test_evaluation_windows_follow_one_another(tmp_path):
     windows = read_windows(path, tmp_path, "video", "test")
     assert windows.shape == (8, 2, 3, 32, 32)
     assert shown(windows.flatten(0, 1)) == shown(xmkd.decode_video(path))
-    # one second of sound in windows of 0.6 s: the rest of 0.4 s is more than half, so it is looped
+    # one second of sound in windows of 0.6 s: the second begins at 0.4 s, so that both are full
     path = write_sound(tmp_path / "a.wav", tone(1)[None])
     sound = read_windows(path, tmp_path, "audio", "test")
     assert sound.shape == (2, 19200)
-    assert torch.equal(sound[1, 12800:], sound[1, :6400])
+    assert torch.equal(sound[1, :6400], sound[0, 12800:])
 
 def test_strong_windows_are_grey_and_of_full_contrast(tmp_path, demo):
     windows = read_windows(demo / "0003.avi", tmp_path, "video", "test", strong=True)
