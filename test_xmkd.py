@@ -452,7 +452,7 @@ def test_any_list_is_read_as_clips_csv(tmp_path):
 
 # -------------------- 6. Demo --------------------
 def test_the_demos_teacher_is_noisy_and_wrong_as_often_as_asked(monkeypatch):
-    monkeypatch.setattr(xmkd, "demo_sound", lambda events, rng: events)
+    monkeypatch.setattr(xmkd, "demo_sound", lambda events, rng, length: events)
     monkeypatch.setattr(xmkd, "demo_picture", lambda events, rng: events)
     rng, noisy, wrong = np.random.default_rng(0), 0, 0
     for _ in range(400):

@@ -502,9 +502,9 @@ class AudioBlock(nn.Module):
 class AudioNet(nn.Module):
     """Maps decibels (B, T, 64) from `LogMel`, T at least 32, to Features: PANNs' CNN family.
 
-    stages=4 is Cnn10, our audio student; stages=6 is Cnn14_emb512. 10 s give K = 62 * 4. `dim` is
-    the embedding's width; a student's must be that of its map, width * 2 ** (stages - 1). dim=None
-    leaves out fc1: then max + mean over time is the embedding. PANNs' dropout is left out.
+    stages=4 is Cnn10, stages=6 is Cnn14_emb512. 10 s give K = 62 * 4. The map, averaged over mel,
+    becomes one vector by max + mean over time. dim=None takes it as the embedding, in the space of
+    the map: our students. Otherwise PANNs' fc1 maps it to `dim`. PANNs' dropout is left out.
     """
     def __init__(self, num_classes: int, width: int = 64, stages: int = 4, dim: int | None = 512):
         super().__init__()
@@ -531,11 +531,12 @@ class AudioNet(nn.Module):
 def make_network(kind: str, num_classes: int, width: int, **more) -> nn.Module:
     """Returns a VideoNet or AudioNet for "video" or "audio", with D = 8 * width.
 
-    `more` goes to its constructor. Channels-last memory makes a step 1.1 to 1.5 times as fast.
+    `more` goes to its constructor; dim=None is a student of sound, see AudioNet. Channels-last
+    memory makes a step 1.1 to 1.5 times as fast.
     """
     if kind == "video":
         return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)
-    more.setdefault("dim", 8 * width)
+    more.setdefault("dim", None)
     return AudioNet(num_classes, width, **more).to(memory_format=torch.channels_last)
 
 class Prepare(nn.Module):
@@ -1297,13 +1298,18 @@ def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     fillings = [depth < 1, depth > 0.6, stripes > 0, checks > 0]
     return (depth < 1) & fillings[event % 4]
 
-def demo_picture(events: dict[int, float], rng: np.random.Generator) -> np.ndarray:
-    """Draws the shapes of {event: contrast} into noise: (48, 48, 3) uint8."""
+def demo_picture(events: dict[int, float], rng: np.random.Generator,
+                 easy: bool = False) -> np.ndarray:
+    """Draws the shapes of {event: contrast} into noise: (48, 48, 3) uint8.
+
+    easy  the shapes are larger, and the four patterns differ in colour
+    """
+    hues = np.array([(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (1, 1, -1)])
     rows, columns = np.mgrid[:48, :48]
     ground = rng.uniform(100, 156, 3)
     picture = rng.normal(ground, 8, (48, 48, 3))
     for event, contrast in events.items():
-        radius = rng.uniform(10, 12.5)
+        radius = rng.uniform(10, 12.5) * (1.5 if easy else 1)
         top, left = rng.uniform(radius, 48 - radius, 2)
         down = (rows - top) / radius
         right = (columns - left) / radius
@@ -1311,34 +1317,35 @@ def demo_picture(events: dict[int, float], rng: np.random.Generator) -> np.ndarr
         x = right * np.cos(turn) + down * np.sin(turn)
         y = down * np.cos(turn) - right * np.sin(turn)
         color = ground + rng.choice([-128, 128]) * rng.uniform(0.4, 1, 3)
+        if easy and event >= 0:
+            color = ground + hues[event % 4] * rng.uniform(50, 100)
         inside = demo_shape(event, x, y)
         picture[inside] += contrast * (color - picture[inside])
     return picture.clip(0, 255).astype(np.uint8)
 
-def demo_sound(events: dict[int, float], rng: np.random.Generator) -> np.ndarray:
-    """Mixes the calls of {event: loudness} into noise: one second, (32000,) int16."""
-    seconds = np.arange(32000) / 32000
-    sound = rng.standard_normal(32000)
+def demo_sound(events: dict[int, float], rng: np.random.Generator, length: float) -> np.ndarray:
+    """Mixes the calls of {event: loudness} into `length` seconds of noise: (samples,) int16."""
+    passed = np.linspace(0, 1, round(32000 * length))       # 1 at the end of the sound
+    sound = rng.standard_normal(len(passed))
     for event, loudness in events.items():
         pitch = 300 * 1.4 ** (event // 4)                   # 300 to 1152 Hz
         if event < 0:
             pitch = rng.choice([110, 5000])                 # far below or above the classes'
         pitch *= rng.uniform(0.95, 1.05)
         begin = rng.uniform(0, 0.35)
-        length = rng.uniform(0.5, 0.65)
-        passed = (seconds - begin) / length                 # 0 to 1 during the call
+        call = (passed - begin) / rng.uniform(0.5, 0.65)    # 0 to 1 during the call
         pulses = [1, 2, 3, 5][event % 4]                    # the rhythm
-        envelope = loudness * np.abs(np.sin(np.pi * pulses * passed))
-        envelope[(passed < 0) | (passed > 1)] = 0
+        envelope = loudness * np.abs(np.sin(np.pi * pulses * call))
+        envelope[(call < 0) | (call > 1)] = 0
         for overtone in 1, 2, 3:
             phase = rng.uniform(0, 2 * np.pi)
-            wave = np.sin(2 * np.pi * overtone * pitch * seconds + phase)
+            wave = np.sin(2 * np.pi * overtone * pitch * length * passed + phase)
             sound += rng.uniform(0.2, 1) * envelope * wave
     sound *= 32767 / np.abs(sound).max()                    # the same peak in every clip
     return sound.astype(np.int16)
 
 def write_media(path: Path, sound: np.ndarray, picture: np.ndarray) -> None:
-    """Writes one second of sound and one picture, both uncompressed, as an .avi file."""
+    """Writes up to a second of sound and one picture, both uncompressed, as an .avi file."""
     with av.open(str(path), "w") as container:
         audio = container.add_stream("pcm_s16le", rate=32000, layout="mono")
         video = container.add_stream("rawvideo", rate=1, width=48, height=48, pix_fmt="bgr24")
@@ -1365,9 +1372,9 @@ def demo_clip(first: int, student: str, tags: bool, noise: float, mismatch: floa
         shown = shown + [-1]                                # belongs to no class
     if student == "video":
         clear = dict.fromkeys(shown, rng.uniform(0.3, 0.9))
-        return labelled, demo_sound(clear, rng), demo_picture(unclear, rng)
+        return labelled, demo_sound(clear, rng, 1.0), demo_picture(unclear, rng)
     clear = dict.fromkeys(shown, rng.uniform(0.7, 1))
-    return labelled, demo_sound(unclear, rng), demo_picture(clear, rng)
+    return labelled, demo_sound(unclear, rng, 0.65), demo_picture(clear, rng, easy=True)
 
 def write_demo(root: Path, student: str, tags: bool, noise: float, mismatch: float, seed: int,
                train: int = 400, evaluation: int = 1000) -> None:
@@ -1375,7 +1382,8 @@ def write_demo(root: Path, student: str, tags: bool, noise: float, mismatch: flo
 
     There are 20 classes of events, five kinds in four patterns each. A picture shows an event as a
     shape (outline, filling), a sound plays it as a call (pitch, rhythm). Place, size, colour and
-    loudness say nothing. Both modalities have noise. A clip has one labelled event, with `tags` two
+    loudness say nothing, but a picture teacher's colours tell the filling, so that few clips are
+    enough for it. Both modalities have noise. Sound lasts a second, a student's 0.65. A clip has one labelled event, with `tags` two
     in four of ten clips, and all classes are equally frequent.
     student   "audio" or "video": this modality always shows the labelled event, but faintly, and
               up to two events of other classes, half as strong, beside it.
@@ -1892,7 +1900,10 @@ def build(args, data: Data, method: str, seed: int, teacher: Tensor | None) -> t
     """Returns what a method trains, initialised by the seed: student, noise filter, optimizer."""
     torch.manual_seed(seed)
     classes, dim = len(data.classes), 8 * args.width
-    student = make_network(data.views.kind, classes, args.width).to(args.device)
+    more = {}
+    if method == "teacher" and data.views.kind == "audio":
+        more["dim"] = dim                                           # with PANNs' head
+    student = make_network(data.views.kind, classes, args.width, **more).to(args.device)
     if process()[1] > 1 and args.device.startswith("cuda"):
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     noise_filter, filter_lr = None, 1.0
@@ -2231,7 +2242,7 @@ def predict_files(args, saved: dict) -> None:
         raise InputError(f"{bad} of {len(files)} files could not be used")
 
 # -------------------- 13. Arguments and main --------------------
-# Defaults that depend on the data set.
+# Defaults that depend on the data set, or on data set and task.
 RECIPES = {
     "audioset": {"task": "audio_tagging", "epochs": 60},    # about as many steps as UCF51's (ours)
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},   # authors
@@ -2239,6 +2250,7 @@ RECIPES = {
              "teacher_epochs": 14, "frames": 1, "fps": 1.0, "size": 40, "frame_side": 48,
              "crop_area": 0.5, "flip": False, "seconds": 1.0, "width": 8, "lr": 1e-3,
              "weight_decay": 1e-5, "eval_every": 50},
+    "demo audio_tagging": {"teacher_epochs": 160, "epochs": 400, "per_class": 11, "seconds": 0.5},
 }
 
 class Parser(argparse.ArgumentParser):
@@ -2354,8 +2366,9 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser.set_defaults(**kept)                             # among them --data
     args = parser.parse_args(argv)
     if not args.predict:
-        recipe = RECIPES.get(find_layout(args.data), {})
-        parser.set_defaults(**{**recipe, **kept})
+        layout = find_layout(args.data)
+        for name in layout, f"{layout} {args.task}":
+            parser.set_defaults(**{**RECIPES.get(name, {}), **kept})
         args = parser.parse_args(argv)
     if args.method == "all":
         args.method = ",".join(METHODS)
@@ -2510,35 +2523,43 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
         parts.append(Data(usable, classes, tags, train, evaluation, view, list(files)))
     return parts
 
-def estimate(args, data: Data, seen_by_teacher: Data | None) -> None:
-    """Times a training step of each network and logs how long the whole run takes, roughly.
+def time_step(args, data: Data) -> float:
+    """Returns how many seconds of a training step fall to each clip of the batch.
 
-    seen_by_teacher  None: the teacher is not trained
-    On a slow machine four clips stand for the batch. Time that --resume saves is not subtracted.
+    On a slow machine a step of four clips has to tell.
     """
     count = args.batch_size // process()[1]
+    student, _, optimizer = build(args, data, "student", args.seed, None)
+    loader = data.loader(data.train, "train", count, 0, args.seed)
+    _, windows, _, labels, _ = next(iter(loader))
+    prepare_views = Prepare().to(args.device)
+    for size in 4, count, count:                            # a GPU's first steps are slow
+        begun = time.time()
+        views = prepare_views(windows[:size].to(args.device))
+        terms = train_step(student, None, optimizer, views, None, labels[:size].to(args.device),
+                           amp=args.amp)
+        terms["cls"].item()                                 # waits for the GPU
+        seconds = max(join_shares([time.time() - begun]))   # all processes go on or stop alike
+        if seconds > 2:
+            break
+    return seconds / len(views)
+
+def estimate(args, data: Data, seen_by_teacher: Data | None) -> None:
+    """Logs how long training takes, roughly: without evaluation and without what --resume saves.
+
+    seen_by_teacher  None: the teacher is not trained
+    """
     log.info("timing a training step")
-    plan, total, told = [("student", data, args.epochs * args.seeds * len(args.method.split(",")),
-                          args.eval_every)], 0.0, []
+    each = time_step(args, data)
+    told = f"{each * args.batch_size:.2g} s (student)"
+    total = each * args.epochs * args.seeds * len(args.method.split(","))
     if seen_by_teacher is not None:
-        plan.insert(0, ("teacher", seen_by_teacher, args.teacher_epochs, 1))
-    for name, part, epochs, eval_every in plan:
-        student, _, optimizer = build(args, part, "student", args.seed, None)
-        batch = next(iter(part.loader(part.train, "train", count, 0, args.seed)))
-        windows, labels = batch[1].to(args.device), batch[3].to(args.device)
-        for size in 4, count, count:            # a GPU's first steps are slow
-            begun = time.time()
-            views = Prepare().to(args.device)(windows[:size])
-            terms = train_step(student, None, optimizer, views, None, labels[:size], amp=args.amp)
-            terms["cls"].item()                             # waits for the GPU
-            seconds = max(join_shares([time.time() - begun])) / len(labels[:size])
-            if seconds * count > 8:
-                break
-        evaluations = len(part.eval) / 3 / eval_every       # without a backward pass
-        total += epochs * (len(part.train) + evaluations) / process()[1] * seconds
-        told.append(f"{seconds * count:.2g} s ({name})")
-    log.info(f"a step of {args.batch_size} clips takes {' and '.join(told)}, the whole run about "
-             f"{duration(total)}")
+        each = time_step(args, seen_by_teacher)
+        told = f"{each * args.batch_size:.2g} s (teacher) and {told}"
+        total += each * args.teacher_epochs
+    total *= len(data.train) / process()[1]
+    log.info(f"a step of {args.batch_size} clips takes {told}; training about {duration(total)} "
+             "in all")
     if total > 3 * 3600:
         log.info("smaller: --width 16 --seconds 5 --frames 8 --size 64 --frame-side 112, or fewer "
                  "--per-class, --epochs and --teacher-epochs")
