@@ -12,7 +12,8 @@ adds 0.093 +- 0.029 to R@1 and 0.129 +- 0.025 to mAP, compared with the labels a
 
 A frozen teacher of one modality (say sound) trains a student of the other (say video). Sound may
 be noisy, and clips differ in how well sound and picture agree. So the Modality Noise Filter (MNF)
-cleans the teacher, and Contrastive Semantic Calibration (CSC) weighs pairs of clips by agreement.
+cleans the teacher. Contrastive Semantic Calibration (CSC) contrasts the clips of a batch: labels
+say which pairs belong together, and the more a pair agrees, the less sharply it is contrasted.
 
 One training step, numbered as in `train_step`; t is the teacher's embedding of a clip, y its label:
     1. student   map S, embedding p, logits = student(view)
@@ -64,12 +65,19 @@ from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
 from torchvision.transforms import v2
 
 class InputError(ValueError):
-    """Reports bad input that the user can fix. `main` prints it as one line and exits with 2."""
+    """Reports bad input that the user can fix: one line with the cause and the remedy."""
 
 # -------------------- 1. Method: noise filter, losses and the training step --------------------
+class Features(NamedTuple):
+    """Holds what a student returns."""
+    map: Tensor         # (B, K, D) S; positions in the order t, h, w (video) or t, mel (audio)
+    pooled: Tensor      # (B, D) embedding p, non-negative
+    logits: Tensor      # (B, C)
+
 def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
     """Returns the cosine similarity of all pairs of rows: (N, D) and (M, D) -> (N, M)."""
-    a = a.to(torch.promote_types(a.dtype, torch.float32))       # half precision would create ties
+    # In half precision, clips that differ would get the same similarity.
+    a = a.to(torch.promote_types(a.dtype, torch.float32))
     b = b.to(torch.promote_types(b.dtype, torch.float32))
     return F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
 
@@ -141,6 +149,7 @@ class Filtered(NamedTuple):
     logits: Tensor      # (B, C) classes seen in the evidence
     gate: Tensor        # (B, D) how much of each teacher feature passes, 0..1
     attention: Tensor   # (B, K) where the purified teacher looks; rows sum to 1
+    raw: Tensor         # (B, D) the teacher t before the gate
 
 class ModalityNoiseFilter(nn.Module):
     """Gates the teacher by what the student sees, then queries the student's map with it (MNF).
@@ -157,7 +166,7 @@ class ModalityNoiseFilter(nn.Module):
         self.adapter = nn.Identity() if teacher_dim == dim else nn.Linear(teacher_dim, dim)
         self.gated_feature_composer = nn.Sequential(
             nn.Linear(2 * dim, dim // 2), nn.BatchNorm1d(dim // 2), nn.ReLU(),              # W1
-            nn.Linear(dim // 2, dim))                                                       # W2
+            nn.Linear(dim // 2, dim))       # W2; with a third layer released filters do not load
         self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.trans_sv = nn.Sequential(nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU())  # W3
         self.sv_cls_classifier = nn.Linear(dim, num_classes)                                # W4
@@ -170,7 +179,7 @@ class ModalityNoiseFilter(nn.Module):
         found, attention = self.attn(purified[:, None], student_map, student_map)
         evidence = self.trans_sv(found[:, 0])                               # (B, D)
         logits = self.sv_cls_classifier(evidence)                           # (B, C)
-        return Filtered(purified, evidence, logits, gate, attention[:, 0])
+        return Filtered(purified, evidence, logits, gate, attention[:, 0], teacher)
 
 def gather(part: Tensor) -> Tensor:
     """Joins the parts of a batch that torchrun's processes hold; only the own one has gradients."""
@@ -201,7 +210,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
     teacher       (B, teacher_dim) embeddings, not normalised; not needed without noise_filter
     labels        (B,) class indices or (B, C) multi-hot tags
     calibrate     False gives every pair the same temperature, `offset` (method mnf)
-    amp           runs the student in bfloat16; everything else stays in float32
+    amp           runs the student in bfloat16; its features are float32 again in all that follows
     Under torchrun, each process passes its part of the batch and gets the terms of the whole batch.
     """
     optimizer.zero_grad()
@@ -219,22 +228,23 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         similarity = cosine_matrix(features.pooled, filtered.teacher).detach()  # 3. trust
         if not calibrate:
             similarity = torch.zeros_like(similarity)
-        raw = noise_filter.adapter(teacher).detach()    # or the adapter would move t away from p
+        raw = filtered.raw.detach()     # or the adapter would learn to move t away from p
         w2 = noise_filter.gated_feature_composer[-1].weight
         filter_terms = {                                                        # 4. L_filter
             "filter_cls": classification_loss(filtered.logits, labels),
             "sparsity": sparsity * sparsity_loss(w2),       # without W1, as in the released code
             "triplet": triplet_loss(features.pooled, raw, filtered.teacher, margin)}
         only = list(noise_filter.parameters())          # the student learns nothing from this loss
-        torch.stack(list(filter_terms.values())).sum().backward(inputs=only, retain_graph=True)
+        sum(filter_terms.values()).backward(inputs=only, retain_graph=True)
         terms["csc"] = csc_loss(features.pooled, filtered.evidence, similarity, labels, offset)
     elif noise_filter is not None:
         terms["distill"] = noise_filter.train()(features, teacher, labels)
 
-    torch.stack(list(terms.values())).sum().backward()                          # 5. L_student
-    sum_gradients(student)                          # a process has the gradient of its own clips
+    sum(terms.values()).backward()                                              # 5. L_student
+    sum_gradients(student)      # each process has only the gradient of its own clips
     if noise_filter is not None:
-        sum_gradients(noise_filter, average=True)   # each has the whole; this evens out rounding
+        # Each process has computed the gradient of all clips; the mean keeps the filters equal.
+        sum_gradients(noise_filter, average=True)
     optimizer.step()                                                            # 6. Adam
     return {name: term.detach() for name, term in (terms | filter_terms).items()}
 
@@ -326,7 +336,8 @@ class Distiller(nn.Module):
 
     forward(features, teacher (B, teacher_dim), labels) -> the loss to add to the student's.
     `offset` is for csc; `probe`, for kd, maps embeddings to logits (see `linear_probe`). To add a
-    method, write a function like `kd` and a line in `methods`; new layers go into `layers`.
+    method, write a function like `kd` above `methods`, and there a line with its name and the
+    layers that it uses; new layers go into `layers`.
     """
     def __init__(self, method: str, num_classes: int, dim: int, teacher_dim: int,
                  offset: float = 0.07, probe: nn.Module | None = None):
@@ -339,12 +350,12 @@ class Distiller(nn.Module):
             "compose": nn.Linear(2 * dim, dim),
             "classify": nn.Linear(dim, num_classes),
             "probe": probe or nn.Identity()}
-        self.loss, names = self.methods[method]
-        self.layers = nn.ModuleDict({name: layers[name] for name in names})
+        self.loss = getattr(self, method)                   # the function of that name
+        self.layers = nn.ModuleDict({name: layers[name] for name in self.methods[method]})
         self.offset = offset
 
     def forward(self, features: Features, teacher: Tensor, labels: Tensor) -> Tensor:
-        return self.loss(self, features, teacher, labels)
+        return self.loss(features, teacher, labels)
 
     def kd(self, features: Features, teacher: Tensor, labels: Tensor) -> Tensor:
         return kd_loss(features.logits, self.layers["probe"](teacher), labels)
@@ -366,11 +377,11 @@ class Distiller(nn.Module):
         return csc_loss(features.pooled, teacher, similarity, labels, self.offset)
 
     methods = {
-        "kd": (kd, ["probe"]),
-        "fitnet": (fitnet, ["hint"]),
-        "crd": (crd, ["teacher_128", "student_128"]),
-        "ccl": (ccl, ["adapter", "compose", "classify"]),
-        "csc": (csc, ["adapter"])}
+        "kd": ["probe"],
+        "fitnet": ["hint"],
+        "crd": ["teacher_128", "student_128"],
+        "ccl": ["adapter", "compose", "classify"],
+        "csc": ["adapter"]}
 
 def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int,
                  decay: float = 0.1) -> nn.Linear:
@@ -394,12 +405,6 @@ def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int,
     return probe.requires_grad_(False)
 
 # -------------------- 3. Networks, with the names of the released checkpoints --------------------
-class Features(NamedTuple):
-    """Holds what a student returns."""
-    map: Tensor         # (B, K, D) S; positions in the order t, h, w (video) or t, mel (audio)
-    pooled: Tensor      # (B, D) embedding p, non-negative; AudioNet's `dim` may give another width
-    logits: Tensor      # (B, C)
-
 class FactorisedConv3d(nn.Module):
     """Convolves in space, then in time, with about as many weights as one 3-d convolution."""
     def __init__(self, c_in: int, c_out: int, kernel: tuple, stride: tuple = (1, 1, 1)):
@@ -464,7 +469,7 @@ class VideoNet(nn.Module):
         x = self.conv5(self.conv4(self.conv3(self.conv2(x))))   # (B, D, T/8, H/16, W/16)
         features = x.flatten(2).transpose(1, 2)             # (B, K, D)
         pooled = features.mean(1)                           # (B, D)
-        with torch.autocast(frames.device.type, enabled=False):     # bfloat16 would create ties
+        with torch.autocast(frames.device.type, enabled=False):     # bfloat16 would make ties
             logits = self.cls(pooled.to(self.cls.weight.dtype))
         return Features(features, pooled, logits)
 
@@ -518,13 +523,14 @@ class AudioNet(nn.Module):
         self.fc_audioset = nn.Linear(dim or c_in, num_classes)
 
     def forward(self, logmel: Tensor) -> Features:
-        x = self.bn0(logmel.transpose(1, 2)).transpose(1, 2)[:, None]       # (B, 1, T, 64)
+        x = self.bn0(logmel.transpose(1, 2))                # (B, 64, T), as BatchNorm1d takes it
+        x = x.transpose(1, 2)[:, None]                      # (B, 1, T, 64)
         for block in self.children():
             if isinstance(block, AudioBlock):
                 x = block(x)                                # in the end (B, D, T/16, 4) for Cnn10
         profile = x.mean(3)                                 # (B, D, T/16)
         pooled = F.relu(self.fc1(profile.amax(2) + profile.mean(2)))        # (B, dim)
-        with torch.autocast(logmel.device.type, enabled=False):     # bfloat16 would create ties
+        with torch.autocast(logmel.device.type, enabled=False):     # bfloat16 would make ties
             logits = self.fc_audioset(pooled.to(self.fc_audioset.weight.dtype))
         return Features(x.flatten(2).transpose(1, 2), pooled, logits)
 
@@ -1499,7 +1505,8 @@ def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
 
     If fewer than `count` are full, one more follows that the frames do not fill; it is looped.
     """
-    stride = max(1, math.ceil((n - 1 - size) / max(count - 1, 1)))      # n - 1: the authors'
+    # The authors count one frame less here, so the last window may end before the last frame.
+    stride = max(1, math.ceil((n - 1 - size) / max(count - 1, 1)))
     full = max((n - size) // stride + 1, 0)
     return sliding_windows(n, size, stride)[:min(full + 1, count)]
 
@@ -1839,20 +1846,19 @@ def progress(loader: DataLoader, what: str, rounds: int = 1) -> Iterator:
             left = duration(pace * (rounds * len(loader) - done))
             log.info(f"  {what}: {done:,} of {len(loader):,} batches, {pace:.2g} s each, {left} left")
 
-def forget_peak_memory() -> None:
-    """Lets `peak_memory` count from now on. The process gives back what it has kept (Linux)."""
+def give_back_memory() -> None:
+    """Gives back what was kept, see `keep_memory`, so that `memory_in_use` starts anew."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")       # resets VmHWM
 
-def peak_memory() -> float:
-    """Returns the highest use of the GPU's memory or, without a GPU, of the process's, in GB."""
+def memory_in_use() -> float:
+    """Returns the peak of the GPU's memory or, without one, what the process holds, in GB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 @torch.no_grad()
 def predict(args, network: nn.Module, data: Data, indices: list[int],
@@ -1947,7 +1953,7 @@ def train_epoch(args, loader: DataLoader, student: nn.Module, noise_filter: nn.M
     speed = len(steps) * len(clips[0]) * process()[1] / (time.time() - begun)
     figures = diagnose(student, noise_filter, prepare.eval()(windows), teacher)
     means = dict(zip(terms, values.mean(0).tolist()))
-    return means | figures | {"clips_per_second": speed, "memory_gb": peak_memory()}
+    return means | figures | {"clips_per_second": speed, "memory_gb": memory_in_use()}
 
 # Options that may change on --resume and are not restored from --checkpoint.
 MAY_CHANGE = ("method", "seeds", "out", "cache", "resume", "checkpoint", "predict", "gallery",
@@ -1988,7 +1994,7 @@ def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: P
     An epoch depends on seed and epoch number alone, so resuming changes nothing.
     """
     rank, world = process()
-    forget_peak_memory()
+    give_back_memory()
     student, noise_filter, optimizer = build(args, data, method, seed, teacher)
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     about = {"method": method, "seed": seed, "task": args.task, "classes": data.classes,
