@@ -39,10 +39,12 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import statistics
 import sys
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -573,14 +575,18 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
     """
     options = {"protocol_whitelist": ""}        # a playlist must not open other files or addresses
     try:
-        if os.path.getsize(path) == 0:
-            raise InputError("it is empty (0 bytes)")
-        with open(path, "rb") as file, \
-                av.open(file, options=options, metadata_errors="replace") as container:
-            stream = choose_stream(container, kind)
-            if seek > 0:
-                container.seek(round(seek * av.time_base) + (container.start_time or 0))
-            yield stream
+        with open(path, "rb") as file:
+            head = file.read(4 * 188)
+            file.seek(0)
+            if not head:
+                raise InputError("it is empty (0 bytes)")
+            # FFmpeg does not recognise MPEG-TS, packets of 188 bytes, of two or three pictures.
+            form = "mpegts" if head[::188] == b"GGGG" else None
+            with av.open(file, format=form, options=options, metadata_errors="replace") as container:
+                stream = choose_stream(container, kind)
+                if seek > 0:
+                    container.seek(round(seek * av.time_base) + (container.start_time or 0))
+                yield stream
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:                  # PyAV raises a dozen types, depending on the damage
@@ -651,6 +657,25 @@ def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
                 length = float(frame.duration * frame.time_base or 1 / rate)
             following = begin + length
             yield begin, length, frame
+    if stream.type == "video" and intact and not damaged:
+        held = count_empty(stream)
+        if held:
+            yield following, held * length, frame
+
+def count_empty(stream) -> int:
+    """Counts the empty chunks that end an AVI; each of them shows the last picture once more."""
+    entries, count = stream.index_entries, 0
+    if stream.container.format.name != "avi" or len(entries) == 0:
+        return 0
+    last = entries[-1]
+    with open(stream.container.name, "rb") as file:
+        file.seek(last.pos + 8 + last.size + last.size % 2)
+        for head in iter(partial(file.read, 8), b""):       # of a chunk: its name and size
+            size = int.from_bytes(head[4:], "little")
+            count += head[:2] == b"%02d" % stream.index and size == 0
+            is_list = head[:4] in (b"RIFF", b"LIST")        # entered behind its four letters
+            file.seek(4 if is_list else size + size % 2, os.SEEK_CUR)
+    return count
 
 def check_length(stream, start: float, end: float, got: float) -> None:
     """Raises InputError unless the `got` seconds from `start` on are what the header promises.
@@ -671,8 +696,14 @@ def check_length(stream, start: float, end: float, got: float) -> None:
         last = (container.duration or 0) / av.time_base     # else a guess, or another stream's
     elif form == "avi" and stream.frames < 2 ** 30:         # 2 ** 30: unknown, as in a pipe
         last = (first + stream.frames) * stream.time_base   # `duration` is what is left
-    elif form in ("mov", "flac", "aiff") or (form == "mp3" and first):  # LAME's header tells
+    elif form in ("mov", "flac", "aiff"):
         last = (first + (stream.duration or 0)) * stream.time_base
+    elif form == "mp3":         # FFmpeg guesses if tags make the file longer than its header says
+        content = Path(container.name).read_bytes()
+        header = re.search(rb"\0{9}(Xing|Info)\0{3}[\1\3\7\x0f](.{4})", content, re.DOTALL)
+        if header:
+            samples = int.from_bytes(header[2]) * stream.codec_context.frame_size
+            last = first * stream.time_base + samples / stream.sample_rate
     promised = min(last - origin, end) - start
     if got < promised - max(0.3, 0.1 * promised):
         raise InputError(f"truncated: {got:.1f} of {promised:.1f} s of {stream.type} are left")
@@ -682,6 +713,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
 
     start, end  seconds since the file's start; `end` is the file's end by default and at most
     Mono is the mean of the channels. Gaps between timestamps and a late start become silence.
+    Peaks up to 2, as lossy codecs leave them, are kept; more is no sound on a scale of -1..1.
     Raises InputError if the file has no sound there, is truncated, damaged or cannot be decoded.
     """
     rate = 32000
@@ -702,8 +734,9 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
         size = round(min(written, (end - start) * rate))
         check_length(stream, start, end, size / rate if heard else 0.0)
         sound = np.concatenate(parts)[:size]
-        if not np.isfinite(sound).all():
-            raise InputError("its samples are infinite or not a number (NaN); convert it")
+        peak = np.abs(sound).max()
+        if not peak <= 2:                       # also NaN
+            raise InputError(f"its samples reach {peak:g}, more than 2; scale them to -1..1")
     return torch.from_numpy(sound)
 
 def join_frames(frames: Iterator[tuple], end: float, rate: int) -> Iterator[tuple]:
