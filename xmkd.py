@@ -576,12 +576,10 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
     options = {"protocol_whitelist": ""}        # a playlist must not open other files or addresses
     try:
         with open(path, "rb") as file:
-            head = file.read(4 * 188)
-            file.seek(0)
-            if not head:
+            if not file.peek():
                 raise InputError("it is empty (0 bytes)")
             # FFmpeg does not recognise MPEG-TS, packets of 188 bytes, of two or three pictures.
-            form = "mpegts" if head[::188] == b"GGGG" else None
+            form = "mpegts" if file.peek()[:752:188] == b"GGGG" else None
             with av.open(file, format=form, options=options, metadata_errors="replace") as container:
                 stream = choose_stream(container, kind)
                 if seek > 0:
@@ -596,12 +594,11 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
 def choose_stream(container, kind: str):
     """Returns the stream that FFmpeg would choose; cover art is not video."""
     cover = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams
-               if stream.type == kind and not stream.disposition & cover]
-    if not streams:
+    found = [each for each in getattr(container.streams, kind) if not each.disposition & cover]
+    if not found:
         raise InputError(f"it has no {kind} stream")
     best = container.streams.best(kind)
-    stream = best if best in streams else streams[0]
+    stream = best if best in found else found[0]
     if stream.codec_context is None:
         raise InputError(f"its {kind} is in a codec that FFmpeg does not know; convert it")
     stream.thread_type = "NONE"                 # decoder threads can hang in forked processes
@@ -615,8 +612,7 @@ def find_seek(path: str | Path, kind: str, start: float) -> float:
     """
     if start > 1:
         with suppress(InputError), open_stream(path, kind, start - 1) as stream:
-            frames = decode_frames(stream, start, start)
-            begin, _, _ = next(frames, (math.inf, 0.0, None))
+            begin, *_ = next(decode_frames(stream, start, start), [math.inf])
             if begin <= start:
                 return start - 1
     return 0.0
@@ -653,29 +649,9 @@ def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
             if stream.type == "audio":
                 length = frame.samples / frame.sample_rate
             else:
-                rate = stream.guessed_rate or 25
-                length = float(frame.duration * frame.time_base or 1 / rate)
+                length = float(frame.duration * frame.time_base or 1 / (stream.guessed_rate or 25))
             following = begin + length
             yield begin, length, frame
-    if stream.type == "video" and intact and not damaged:
-        held = count_empty(stream)
-        if held:
-            yield following, held * length, frame
-
-def count_empty(stream) -> int:
-    """Counts the empty chunks that end an AVI; each of them shows the last picture once more."""
-    entries, count = stream.index_entries, 0
-    if stream.container.format.name != "avi" or len(entries) == 0:
-        return 0
-    last = entries[-1]
-    with open(stream.container.name, "rb") as file:
-        file.seek(last.pos + 8 + last.size + last.size % 2)
-        for head in iter(partial(file.read, 8), b""):       # of a chunk: its name and size
-            size = int.from_bytes(head[4:], "little")
-            count += head[:2] == b"%02d" % stream.index and size == 0
-            is_list = head[:4] in (b"RIFF", b"LIST")        # entered behind its four letters
-            file.seek(4 if is_list else size + size % 2, os.SEEK_CUR)
-    return count
 
 def check_length(stream, start: float, end: float, got: float) -> None:
     """Raises InputError unless the `got` seconds from `start` on are what the header promises.
@@ -689,6 +665,9 @@ def check_length(stream, start: float, end: float, got: float) -> None:
     form = container.format.name.split(",")[0]
     first = stream.start_time or 0
     last = -math.inf
+    told = (first + (stream.duration or 0)) * stream.time_base
+    # FFmpeg guesses from the size if an MP3 has no LAME header, or a large tag behind the sound.
+    guessed = form == "mp3" and told * stream.bit_rate < 1.05 * 8 * container.size
     if form == "matroska" and "DURATION" in stream.metadata:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         last = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
@@ -696,14 +675,8 @@ def check_length(stream, start: float, end: float, got: float) -> None:
         last = (container.duration or 0) / av.time_base     # else a guess, or another stream's
     elif form == "avi" and stream.frames < 2 ** 30:         # 2 ** 30: unknown, as in a pipe
         last = (first + stream.frames) * stream.time_base   # `duration` is what is left
-    elif form in ("mov", "flac", "aiff"):
-        last = (first + (stream.duration or 0)) * stream.time_base
-    elif form == "mp3":         # FFmpeg guesses if tags make the file longer than its header says
-        content = Path(container.name).read_bytes()
-        header = re.search(rb"\0{9}(Xing|Info)\0{3}[\1\3\7\x0f](.{4})", content, re.DOTALL)
-        if header:
-            samples = int.from_bytes(header[2]) * stream.codec_context.frame_size
-            last = first * stream.time_base + samples / stream.sample_rate
+    elif form in ("mov", "flac", "aiff", "mp3") and not guessed:
+        last = told
     promised = min(last - origin, end) - start
     if got < promised - max(0.3, 0.1 * promised):
         raise InputError(f"truncated: {got:.1f} of {promised:.1f} s of {stream.type} are left")
@@ -792,7 +765,7 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     pictures, size, stop = [], None, start
     with open_stream(path, "video", find_seek(path, "video", start)) as stream:
         frames = decode_frames(stream, start, end)
-        for begin, stop, frame in show_frames(frames):
+        for begin, stop, frame in show_frames(frames, stream):
             if not pictures and begin > start + 0.5:
                 raise InputError(f"there is no picture between {start:g} and {begin:g} s")
             stop = min(stop, end)
@@ -807,8 +780,8 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
         check_length(stream, start, end, stop - start)
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
-def show_frames(frames: Iterator[tuple]) -> Iterator[tuple]:
-    """Yields (begin, stop, frame): when each picture is shown, in seconds.
+def show_frames(frames: Iterator[tuple], stream) -> Iterator[tuple]:
+    """Yields (begin, stop, frame): when each picture of a stream is shown, in seconds.
 
     The k-th picture gets the k-th smallest time: B-frames in AVI carry each other's timestamps. The
     last picture is shown as long as the file says.
@@ -824,7 +797,15 @@ def show_frames(frames: Iterator[tuple]) -> Iterator[tuple]:
                 raise InputError("its timestamps restart in mid-stream; convert it")
             shown = times.pop(0)
             yield shown, times[0], pictures.pop(0)
+    if stream.container.format.name == "avi" and len(stream.index_entries):
+        stop += count_empty(stream) / stream.guessed_rate
     yield from zip(times, times[1:] + [stop], pictures)
+
+def count_empty(stream) -> int:
+    """Counts the empty chunks behind the pictures of an AVI; each shows the last picture again."""
+    last = stream.index_entries[-1]
+    tail = np.fromfile(stream.container.name, np.uint8, offset=last.pos).tobytes()
+    return len(re.findall(rb"%02d[a-z]{2}\0{4}" % stream.index, tail.partition(b"idx1")[0]))
 
 def scaled_size(width: float, height: float, side: int) -> tuple[int, int]:
     """Returns (width, height) for a shorter side of `side` pixels, or unchanged if it has less."""
@@ -843,10 +824,7 @@ def to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
         if abs(b) > abs(a):
             picture = picture.swapaxes(0, 1)
             a, d = c, b
-        if a < 0:
-            picture = picture[:, ::-1]
-        if d < 0:
-            picture = picture[::-1]
+        picture = picture[::np.sign(d), ::np.sign(a)]
     return picture
 
 def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
