@@ -709,7 +709,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
         sound = np.concatenate(parts)[:size]
         peak = np.abs(sound).max()
         if not peak <= 2:                       # also NaN
-            raise InputError(f"its samples reach {peak:g}, more than 2; scale them to -1..1")
+            raise InputError(f"its samples reach {peak:g}, not at most 2; scale them to -1..1")
     return torch.from_numpy(sound)
 
 def join_frames(frames: Iterator[tuple], end: float, rate: int) -> Iterator[tuple]:
@@ -861,30 +861,71 @@ class Clip(NamedTuple):
                                     # recording; None: its duration decides
 
 DataSet = tuple[list[Clip], list[str]]          # clips and class names
-SOUND_FILES = tuple(".wav .flac .mp3 .m4a .ogg .oga .opus .aac .mka .weba".split())
-FILM_FILES = tuple(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .3gp".split())
+SOUND_FILES = tuple(""".wav .flac .mp3 .m4a .ogg .oga .opus .aac .mka .weba .aif .aiff .aifc .caf
+    .au .snd .wma .ac3 .eac3 .dts .mp2 .mpa .m4b .wv .ape .tta .amr .w64""".split())
+FILM_FILES = tuple(""".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .3gp .3g2 .mts .m2ts .m2t .vob
+    .m2v .mpe .flv .f4v .wmv .asf .ogv .ogm .divx .dv .qt .rm .rmvb .mxf .nut""".split())
 FRAME_FILES = (".hdf5",)                        # a JPEG a frame, as in the authors' release
+MEDIA_FILES = SOUND_FILES + FILM_FILES + FRAME_FILES
+NO_MEDIA = "not used: its ending is none of a media file that is known; convert or rename it"
 MISSING = {"train": "missing: no file is named after this training clip",
            "eval": "missing: no file is named after this evaluation clip"}
 
-def find_list(root: str | Path, *patterns: str) -> Path:
-    """Returns the first path that matches the first pattern in `root` or one folder below.
+def find_paths(root: str | Path, pattern: str) -> list[Path]:
+    """Returns the paths that match a pattern in `root` or, if none does, one folder below."""
+    for place in (pattern, f"[!.]*/{pattern}"):
+        found = [path for path in sorted(Path(root).glob(place)) if path.name[0] != "."]
+        if found:
+            return found
+    return []
 
-    Later patterns count if those before have no match. Raises InputError if none has.
+def find_list(root: str | Path, *patterns: str) -> Path:
+    """Returns the path that matches the first of the patterns for which there is one.
+
+    Raises InputError if there is none, or if several leave it open which is meant.
     """
     for pattern in patterns:
-        for place in (pattern, f"[!.]*/{pattern}"):
-            for path in sorted(Path(root).glob(place)):
-                if not path.name.startswith("."):
-                    return path
-    raise InputError(f"{root}: no {' or '.join(patterns)} in this folder or one folder below")
+        found = find_paths(root, pattern)
+        if len(found) > 1:
+            raise InputError(f"{root}: {found[0]} and {found[1]} are both there; move one away")
+        if found:
+            return found[0]
+    raise InputError(f"{root}: {' or '.join(patterns)} is missing; it must lie in this folder or "
+                     "one folder below")
 
-def find_media(root: str | Path) -> list[str]:
-    """Returns the sorted paths of all media files below `root`, recognised by their extensions.
+def read_text(path: Path) -> str:
+    """Reads a list, in which letters with accents get one spelling (NFC).
 
-    Linked folders are followed, but no folder is read twice. Hidden files and folders are skipped.
+    Raises InputError if it is not in UTF-8.
     """
-    endings = SOUND_FILES + FILM_FILES + FRAME_FILES
+    try:
+        return unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
+    except UnicodeError as error:
+        raise InputError(f"{path}: {error}; save it in UTF-8") from None
+
+def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Reads the rows below a CSV's header: (line, cells by column), "" for cells that are missing.
+
+    Raises InputError if a row has more cells than the header, as an unquoted comma makes it.
+    """
+    rows, reader = [], csv.DictReader(io.StringIO(read_text(path)), restval="")
+    for row in reader:
+        if "".join(row.pop(None, [])).strip():
+            raise InputError(f"{path}:{reader.line_num}: it has more cells than the header; put "
+                             "cells with a comma into quotes")
+        rows.append((reader.line_num, row))
+    return rows
+
+def check_times(start: float, end: float | None) -> None:
+    """Raises ValueError unless a clip can lie between these seconds; None is its file's end."""
+    if not 0 <= start < math.inf or (end is not None and not start < end < math.inf):
+        raise ValueError(f"needs 0 <= start < end, but they are {start} and {end}")
+
+def find_files(root: str | Path) -> list[str]:
+    """Returns the sorted paths of all files below `root` but hidden ones and embeddings (.npy).
+
+    Linked folders are followed, but no folder is read twice.
+    """
     found, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -895,7 +936,7 @@ def find_media(root: str | Path) -> list[str]:
             subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
             for name in names:
                 path = os.path.join(folder, name)
-                if name.lower().endswith(endings) and name[0] != "." and os.path.isfile(path):
+                if name[0] != "." and not name.endswith(".npy") and os.path.isfile(path):
                     found.append(path)
     return sorted(found)
 
@@ -910,14 +951,16 @@ def split_name(path: str) -> tuple[str, bool]:
     is_part = mark == ".temp" or (mark.startswith(".f") and number.isdecimal())
     return (name if is_part else stem), is_part
 
-def streams_in(path: str, look: bool = True) -> set[str]:
-    """Returns which of "audio" and "video" a file holds: by extension or, with `look`, content."""
+def streams_by_name(path: str) -> set[str]:
+    """Returns which of "audio" and "video" a file may hold, by its ending."""
     if path.lower().endswith(SOUND_FILES):
         return {"audio"}
+    return {"video"} if path.lower().endswith(FRAME_FILES) else {"audio", "video"}
+
+def streams_in(path: str) -> set[str]:
+    """Returns which of "audio" and "video" a file holds; none if it cannot be read."""
     if path.lower().endswith(FRAME_FILES):
         return {"video"}
-    if not look:
-        return {"audio", "video"}
     held = set()
     for kind in ("audio", "video"):
         with suppress(InputError), open_stream(path, kind):
@@ -931,19 +974,21 @@ def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> C
     before films, and films with sound before silent ones. What cannot be read serves if there is
     nothing else, since decoding says why. The others are named in `skipped`.
     """
-    parts = [path for path in cut_of if split_name(path)[1]]
-    pictures = [path for path in cut_of if not path.lower().endswith(SOUND_FILES)]
-    look = len(pictures) > 1 or len(parts) > 0      # opening all films would take an hour
-    held = {path: streams_in(path, look) for path in cut_of}
+    held = {path: streams_by_name(path) for path in cut_of}
+    broken = []
+    for path in cut_of:
+        if len(cut_of) > 1:                     # opening the only file of each would take hours
+            found = streams_in(path)
+            held[path] = found or held[path]
+            broken += [] if found else [path]
 
     def rank(path: str) -> tuple:
-        streams = held[path]
-        source = not streams, not cut_of[path], path in parts
-        return source, "video" in streams, -len(streams), len(path), path
+        source = path in broken, not cut_of[path], split_name(path)[1]
+        return source, "video" in held[path], -len(held[path]), len(path), path
 
     files = {}
     for path in sorted(cut_of, key=rank):
-        for kind in held[path] or ("audio", "video"):
+        for kind in held[path]:
             files.setdefault(kind, path)
     for path in cut_of:
         if path not in files.values():
@@ -967,15 +1012,19 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None = Non
     """
     skipped = [] if skipped is None else skipped
     root = str(Path(root))                      # without a slash at its end
-    for name in {clip.split for clip in clips} - set(MISSING):
-        raise InputError(f"{root}: the lists name a split {name!r}; it must be train or eval")
-    files = {clip.id: [] for clip in clips}
-    media = find_media(root)
-    for path in media:
-        names, cut = match(path[len(root) + 1:])
-        for name in names:
-            if name in files:
+    splits = {clip.split for clip in clips}
+    if not splits <= set(MISSING):
+        raise InputError(f"{root}: the lists name the splits {splits}, not only train and eval")
+    files, media = {clip.id: [] for clip in clips}, []
+    for path in find_files(root):
+        names, cut = match(unicodedata.normalize("NFC", path[len(root) + 1:]))
+        known = files.keys() & names
+        if path.lower().endswith(MEDIA_FILES):
+            media.append(path)
+            for name in known:
                 files[name].append((path, cut))
+        elif known:
+            skipped.append((path, NO_MEDIA))
     found = []
     for clip in clips:
         candidates = files.pop(clip.id, None)
@@ -988,20 +1037,36 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None = Non
     if not found:
         ids = [clip.id for clip in clips[:3]]
         names = [path[len(root) + 1:] for path in media[:3]]
-        raise InputError(f"{root}: none of the {len(clips):,} listed clips has a media file here; "
-                         f"the first ids are {ids}, the first files {names}; they must match")
+        raise InputError(f"{root}: none of the {counted(len(clips), 'listed clip')} has a media "
+                         f"file here; the first ids are {ids}, the first files {names}; they must "
+                         "match")
     return found
+
+def counted(number: int, noun: str) -> str:
+    """Returns "1 clip" or "2,000 clips"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 def coverage(clips: list[Clip], skipped: list) -> str:
     """Says how many of the listed clips of each split have a file."""
     reasons = Counter(reason for _, reason in skipped)
     parts = []
-    for split, name in (("train", "training"), ("eval", "evaluation")):
+    for split, noun in (("train", "training clip"), ("eval", "evaluation clip")):
         found = sum(clip.split == split for clip in clips)
         listed = found + reasons[MISSING[split]]
         share = 100 * found / max(listed, 1)
-        parts.append(f"{found:,} of {listed:,} {name} clips ({share:.1f} %)")
+        parts.append(f"{found:,} of {counted(listed, noun)} ({share:.1f} %)")
     return "found " + " and ".join(parts)
+
+def lone_labels(clips: list[Clip], classes: list[str]) -> str:
+    """Names the labels that only the training or only the evaluation clips have, "" if none."""
+    seen, parts = {"train": set(), "eval": set()}, []
+    for clip in clips:
+        seen[clip.split].update(clip.labels)
+    for split, other in (("train", "eval"), ("eval", "train")):
+        alone = [classes[k] for k in sorted(seen[split] - seen[other])]
+        if alone:
+            parts.append(f"{counted(len(alone), 'label')} in {split} only: {', '.join(alone[:9])}")
+    return "; ".join(parts)
 
 def read_segments(path: Path, split: str, index: dict[str, int]) -> list[Clip]:
     """Reads an AudioSet list with rows `id, start, end, "label,label"`; `index` numbers the labels.
@@ -1009,35 +1074,39 @@ def read_segments(path: Path, split: str, index: dict[str, int]) -> list[Clip]:
     The quotes, spaces and empty cells that spreadsheets add are ignored. Raises InputError.
     """
     clips = []
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            cells = line.replace('"', " ").replace(",", " ").split()
-            if not cells or cells[0] == "#":
-                continue
-            try:
-                name, start, end = cells[0], float(cells[1]), float(cells[2])
-                labels = tuple(sorted({index[label] for label in cells[3:]}))
-                if len(name) != 11 or not labels or not 0 <= start < end < math.inf:
-                    raise ValueError("needs 11 characters of id, labels and 0 <= start < end")
-            except KeyError as error:
-                raise InputError(f"{path}:{number}: unknown label {error}, it is not in "
-                                 "class_labels_indices.csv") from None
-            except (ValueError, IndexError) as error:
-                raise InputError(f"{path}:{number}: expected id, start, end and labels, got "
-                                 f"{line.strip()[:200]!r}: {error}") from None
-            clips.append(Clip(name, labels, split, start=start, end=end))
+    for number, line in enumerate(io.StringIO(read_text(path)), 1):
+        cells = line.replace('"', " ").replace(",", " ").split()
+        if not cells or cells[0] == "#":
+            continue
+        try:
+            name, start, end = cells[0], float(cells[1]), float(cells[2])
+            labels = tuple(sorted({index[label] for label in cells[3:]}))
+            check_times(start, end)
+            if len(name) != 11 or not labels:
+                raise ValueError("needs 11 characters of id and labels")
+        except KeyError as error:
+            raise InputError(f"{path}:{number}: unknown label {error}, it is not in "
+                             "class_labels_indices.csv") from None
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{path}:{number}: expected id, start, end and labels, got "
+                             f"{line.strip()[:200]!r}: {error}") from None
+        clips.append(Clip(name, labels, split, start=start, end=end))
     return clips
 
 def tells_start(rest: str, start: float) -> bool:
     """Returns whether the start time follows the id in a file's name; then the file is cut.
 
-    Downloaders write `_30.000_40.000`, `_30.0-40.0`, `_30`, or in milliseconds `_30000_40000`.
+    Downloaders write `_30.000_40.000`, `_30.0-40.0`, `_30`, or in milliseconds `_30000_40000`. A
+    rounded start needs an end behind it, since a number alone may be an index.
     """
-    number = rest.lstrip("_-").replace("-", "_").split("_")[0]
-    if not number.replace(".", "", 1).isdecimal():
-        return False
-    told = float(number)
-    return abs(told - start) < 1 or (start > 0 and abs(told / 1000 - start) < 0.01)
+    times = [math.nan, -math.inf]
+    for k, part in enumerate(rest.lstrip("_-").replace("-", "_").split("_")[:2]):
+        if not part.replace(".", "", 1).isdecimal():
+            break
+        times[k] = float(part)
+    told, end = times
+    margin = 1 if end > told else 0.001
+    return abs(told - start) < margin or (start > 0 and abs(told / 1000 - start) < 0.01)
 
 def read_audioset(root: str | Path, split: str = "balanced",
                   skipped: list | None = None) -> DataSet:
@@ -1046,9 +1115,8 @@ def read_audioset(root: str | Path, split: str = "balanced",
     split  training list: "balanced", "unbalanced" or "all"; the evaluation list is always read.
     A file's name begins with the clip's id, or with Y, v_, id_ or v and the id. Raises InputError.
     """
-    with open(find_list(root, "class_labels_indices.csv"), encoding="utf-8-sig") as file:
-        rows = [row for row in csv.DictReader(file) if row["mid"]]
-    rows.sort(key=lambda row: int(row["index"]))
+    table = read_table(find_list(root, "class_labels_indices.csv"))
+    rows = sorted([row for _, row in table if row["mid"]], key=lambda row: int(row["index"]))
     index = {row["mid"]: i for i, row in enumerate(rows)}
     classes = [row["display_name"].strip() for row in rows]
     clips = []
@@ -1084,22 +1152,20 @@ def read_ucf101(root: str | Path, fold: int = 1, skipped: list | None = None) ->
     fold  1, 2 or 3. Case is ignored, since UCF-101 itself writes HandstandPushups
     and v_HandStandPushups. Raises InputError.
     """
-    text = find_list(root, "classInd.txt").read_text("utf-8-sig", "replace")
-    names = text.split()[1::2]                          # "1 ApplyEyeMakeup" and so on
+    names = read_text(find_list(root, "classInd.txt")).split()[1::2]    # "1 ApplyEyeMakeup" ...
     known = [name.lower() for name in names]
     classes = sorted(name for name in names if name.lower() in UCF51)
     index = {name.lower(): i for i, name in enumerate(classes)}
     clips = []
     for split, name in (("train", "trainlist"), ("eval", "testlist")):
         path = find_list(root, f"{name}0{fold}.txt")
-        lines = path.read_text("utf-8-sig", "replace").splitlines()
-        for number, line in enumerate(lines, 1):
-            label, _, file = line.strip().partition("/")
-            label = label.lower()
-            if label and label not in known:
-                raise InputError(f"{path}:{number}: unknown label {label!r}, not in classInd.txt")
+        for number, line in enumerate(io.StringIO(read_text(path)), 1):
+            label, _, rest = line.strip().lower().partition("/")
+            if label and (label not in known or len(rest.split()) not in (1, 2)):
+                raise InputError(f"{path}:{number}: expected class/file and perhaps a number, the "
+                                 f"class as in classInd.txt, got {line.strip()!r}")
             if label in index:
-                stem, _ = split_name(file.split()[0])
+                stem, _ = split_name(line.split()[0])
                 clips.append(Clip(stem, (index[label],), split))
     id_of = {clip.id.lower(): clip.id for clip in clips}
 
@@ -1114,10 +1180,13 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
 
     As in the authors' code, a clip is a segment. Its file is either cut, `v_<id>_<k>.*`, or the
     whole video, `v_<id>.*` or `<id>.*`. The classes are in the order of `labels`, or sorted where
-    there is none. Raises InputError.
+    there is none. Segments whose times cannot be are named in `skipped`. Raises InputError.
     """
+    skipped = [] if skipped is None else skipped
     path = find_list(root, "*annotation.json", "activity_net*.json")
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    # Letters that JSON writes as numbers, such as \\u0301, are spelled as in the other lists, too.
+    text = json.dumps(json.loads(read_text(path)), ensure_ascii=False)
+    content = json.loads(unicodedata.normalize("NFC", text))
     entries = []
     for key, entry in content["database"].items():
         entries.append((key, entry["subset"], entry))
@@ -1134,6 +1203,11 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
         if note["label"] not in index:
             raise InputError(f"{path}: {name}: unknown label {note['label']!r}, not in `labels`")
         start, end = note.get("segment", (0.0, None))
+        try:
+            check_times(start, end)
+        except ValueError as error:
+            skipped.append((name, f"its segment in {path.name} {error}"))
+            continue
         clips.append(Clip(name, (index[note["label"]],), splits[subset], start=start, end=end))
         if end is None:
             id_of[name.lower()] = name                  # UCF51's files differ in case
@@ -1153,16 +1227,28 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
 def read_folder(root: str | Path, skipped: list | None = None) -> DataSet:
     """Reads a folder of folders, train/<label>/* and val/<label>/*: one label a clip.
 
-    Files of one name in one folder are one clip. Raises InputError if there is no media file.
+    They lie in `root` or one folder below. Files of one name in one folder are one clip. Raises
+    InputError if there is no val/ or no media file.
     """
     skipped = [] if skipped is None else skipped
+    root = find_list(root, "train").parent
+    others = sorted(path for path in root.glob("[!.]*/") if path.name not in ("train", "val"))
+    if not (root / "val").is_dir():
+        names = [f"{path.name}/" for path in others]
+        raise InputError(f"{root}: there is train/, but no val/; rename the folder of evaluation "
+                         f"clips to val/, perhaps one of {names}")
+    for path in others:
+        skipped.append((str(path), "not used: it lies beside train/ and val/"))
     groups = defaultdict(list)
-    for path in find_media(Path(root, "train")) + find_media(Path(root, "val")):
-        folder = os.path.relpath(os.path.dirname(path), root)
-        if "/" in folder:
-            groups[f"{folder}/{split_name(path)[0]}"].append(path)
-        else:
+    for path in find_files(root / "train") + find_files(root / "val"):
+        folder = unicodedata.normalize("NFC", os.path.relpath(os.path.dirname(path), root))
+        name = unicodedata.normalize("NFC", split_name(path)[0])
+        if "/" not in folder:
             skipped.append((path, f"not used: it lies in {folder}/, not in {folder}/<label>/"))
+        elif path.lower().endswith(MEDIA_FILES):
+            groups[f"{folder}/{name}"].append(path)
+        else:
+            skipped.append((path, NO_MEDIA))
     if not groups:
         raise InputError(f"{root}: no media file in train/<label>/ or val/<label>/")
     classes = sorted({name.split("/")[1] for name in groups})
@@ -1177,50 +1263,63 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
     """Reads any other data set: clips.csv with the header `id,split,labels`, labels joined by `;`.
 
     The split is train or eval, and the media files are called `<id>.*`; an id may contain folders.
-    With columns `start` and `end`, in seconds, a clip is that part of its file. Raises InputError.
+    With columns `start` and `end`, in seconds, a clip is that part of its file. An id with several
+    parts gives a clip for each, called `<id>@<start>-<end>`, such as a@0-2.5. Raises InputError.
     """
     path = find_list(root, "clips.csv")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    joined = ";".join(row.get("labels") or "" for row in rows)
+    rows = read_table(path)
+    joined = ";".join(row.get("labels", "") for _, row in rows)
     classes = sorted({name.strip() for name in joined.split(";")} - {""})
     index = {name: i for i, name in enumerate(classes)}
-    clips = []
-    for number, row in enumerate(rows, 2):
+    clips, parts, ids_of = [], defaultdict(set), defaultdict(list)
+    for number, row in rows:
         try:
             names = {name.strip() for name in row["labels"].split(";")} - {""}
             labels = tuple(sorted(index[name] for name in names))
             start = float(row.get("start") or 0)
             end = float(row["end"]) if row.get("end") else None
+            check_times(start, end)
             if not row["id"] or not labels or row["split"] not in ("train", "eval"):
                 raise ValueError("needs an id, the split train or eval, and a label")
-        except (KeyError, ValueError, AttributeError) as error:
+        except (KeyError, ValueError) as error:
             raise InputError(f"{path}:{number}: expected id,split,labels and perhaps start,end, "
                              f"got {list(row.values())}: {error}") from None
         clips.append(Clip(row["id"], labels, row["split"], start=start, end=end))
-    found = attach_files(clips, root, skipped)
-    return [clip._replace(cut=False) for clip in found], classes
+        parts[row["id"]].add((start, end))
+    for k, clip in enumerate(clips):
+        if len(parts[clip.id]) > 1:
+            times = [f"{time:.15g}" for time in (clip.start, clip.end) if time is not None]
+            clips[k] = clip._replace(id=f"{clip.id}@{'-'.join(times)}")
+        ids_of[clip.id].append(clips[k].id)
+
+    def match(path: str) -> tuple[list, bool]:
+        names, _ = match_name(path)
+        return sum((ids_of.get(name, []) for name in names), []), False
+
+    return attach_files(clips, root, skipped, match), classes
 
 # To add a data set, write a reader (root, skipped) -> (clips, classes) and name a file that only
 # such a data set has. The first match counts, so put yours on top. RECIPES in 13 sets defaults.
 READERS = {"list": ("clips.csv", read_list),
-           "audioset": ("class_labels_indices.csv", read_audioset),
+           "audioset": ("*eval_segments.csv", read_audioset),
            "ucf101": ("classInd.txt", read_ucf101),
            "release": ("*annotation.json", read_annotations),
            "activitynet": ("activity_net*.json", read_annotations),
-           "folder": ("val", read_folder)}
+           "folder": ("train", read_folder)}
 
 def find_layout(root: str | Path) -> str:
     """Returns "demo" or the key of READERS that fits a folder. Raises InputError if none does."""
     if str(root) == "demo":
         return "demo"
+    if os.path.isfile(root):
+        raise InputError(f"{root}: it is a file; name the folder that it lies in")
     if not os.path.isdir(root):
         raise InputError(f"{root}: there is no such folder")
     for layout, (sign, _) in READERS.items():
-        with suppress(InputError):
-            path = find_list(root, sign)
-            if layout == "release" and '"segment"' in path.read_text(encoding="utf-8-sig"):
-                return "activitynet"                    # the release of its segments
+        found = find_paths(root, sign)
+        if layout == "release" and found and '"segment"' in read_text(found[0]):
+            return "activitynet"                        # the release of its segments
+        if found:
             return layout
     signs = ", ".join(f"{sign} ({name})" for name, (sign, _) in READERS.items())
     raise InputError(f"{root}: none of {signs} is in it or one folder below")
@@ -1240,7 +1339,8 @@ def read_data(root: str | Path, split: str = "balanced", fold: int = 1,
     except InputError:
         raise
     except (OSError, LookupError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise InputError(f"{root}: the {layout} lists cannot be read: {error!r}") from error
+        raise InputError(f"{root}: the {layout} lists cannot be read: "
+                         f"{type(error).__name__}: {error}") from error
     for part in ("train", "eval"):
         if not any(clip.split == part for clip in clips):
             raise InputError(f"{root}: the {part} split is empty; {coverage(clips, skipped)}")
@@ -2134,10 +2234,10 @@ def score_probe(data: Data, teacher: Tensor) -> dict[str, float]:
 # -------------------- 12. Prediction on files --------------------
 def list_files(paths: list[str], kind: str) -> list[str]:
     """Lists the media files named and those in folders, except sound files if video is needed."""
-    files, unfit = [], SOUND_FILES if kind == "video" else ()
+    files, fit = [], MEDIA_FILES if kind == "audio" else FILM_FILES + FRAME_FILES
     for path in paths:
         if os.path.isdir(path):
-            files += [file for file in find_media(path) if not file.lower().endswith(unfit)]
+            files += [file for file in find_files(path) if file.lower().endswith(fit)]
         else:
             files.append(path)
     if not files:
@@ -2177,12 +2277,14 @@ def predict_files(args, saved: dict) -> None:
             continue
         own = scores[row[path]]
         order = own.argsort(descending=True).tolist()
-        others = [k for k in order if os.path.realpath(names[k]) != os.path.realpath(path)]
-        for k in others[:5]:
+        if gallery:                                     # no file is its own neighbour
+            real = os.path.realpath(path)
+            order = [k for k in order if os.path.realpath(names[k]) != real]
+        for k in order[:5]:
             print(f"  {own[k]:.3f}  {names[k]}")
     bad = sum(path in reasons for path in files)
     if bad:
-        raise InputError(f"{bad} of {len(files)} files could not be used")
+        raise InputError(f"{bad} of {counted(len(files), 'file')} could not be used")
 
 # -------------------- 13. Arguments and main --------------------
 # Defaults that depend on the data set.
@@ -2386,6 +2488,8 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
         raise InputError(f"--task {args.task} needs one label for each clip, but clips of --data "
                          f"{args.data} have several; use --task audio_tagging")
     log.info(f"data {args.data}: {len(classes)} classes, {coverage(clips, skipped)}")
+    if lone_labels(clips, classes):
+        log.warning(f"warning: {lone_labels(clips, classes)}")
     if args.per_class:
         clips = limit_classes(clips, args.per_class, args.seed)
     return clips, classes
