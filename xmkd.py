@@ -580,10 +580,10 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
                 raise InputError("it is empty (0 bytes)")
             # FFmpeg does not recognise MPEG-TS, packets of 188 bytes, of two or three pictures.
             form = "mpegts" if file.peek()[:752:188] == b"GGGG" else None
-            with av.open(file, format=form, options=options, metadata_errors="replace") as container:
-                stream = choose_stream(container, kind)
+            with av.open(file, format=form, options=options, metadata_errors="replace") as media:
+                stream = choose_stream(media, kind)
                 if seek > 0:
-                    container.seek(round(seek * av.time_base) + (container.start_time or 0))
+                    media.seek(round(seek * av.time_base) + (media.start_time or 0))
                 yield stream
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -871,42 +871,31 @@ NO_MEDIA = "not used: its ending is none of a media file that is known; convert 
 MISSING = {"train": "missing: no file is named after this training clip",
            "eval": "missing: no file is named after this evaluation clip"}
 
-def find_paths(root: str | Path, pattern: str) -> list[Path]:
-    """Returns the paths that match a pattern in `root` or, if none does, one folder below."""
-    for place in (pattern, f"[!.]*/{pattern}"):
-        found = [path for path in sorted(Path(root).glob(place)) if path.name[0] != "."]
-        if found:
-            return found
-    return []
-
 def find_list(root: str | Path, *patterns: str) -> Path:
-    """Returns the path that matches the first of the patterns for which there is one.
+    """Returns the path that matches the first pattern with a match in `root` or one folder below.
 
-    Raises InputError if there is none, or if several leave it open which is meant.
+    Raises InputError if there is none, or if it is open which of several is meant.
     """
     for pattern in patterns:
-        found = find_paths(root, pattern)
-        if len(found) > 1:
-            raise InputError(f"{root}: {found[0]} and {found[1]} are both there; move one away")
-        if found:
-            return found[0]
-    raise InputError(f"{root}: {' or '.join(patterns)} is missing; it must lie in this folder or "
-                     "one folder below")
+        for place in (pattern, f"[!.]*/{pattern}"):
+            found = [path for path in sorted(Path(root).glob(place)) if path.name[0] != "."]
+            if len(found) > 1:
+                raise InputError(f"{root}: {found[0]} and {found[1]} are both there; move one away")
+            if found:
+                return found[0]
+    raise InputError(f"{root}: no {' or '.join(patterns)} in this folder or one folder below")
 
 def read_text(path: Path) -> str:
-    """Reads a list, in which letters with accents get one spelling (NFC).
-
-    Raises InputError if it is not in UTF-8.
-    """
+    """Reads a list in UTF-8 and spells accents in one way (NFC). Raises InputError otherwise."""
     try:
         return unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
     except UnicodeError as error:
         raise InputError(f"{path}: {error}; save it in UTF-8") from None
 
 def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Reads the rows below a CSV's header: (line, cells by column), "" for cells that are missing.
+    """Returns the number and the cells, by column, of each line below a list's header.
 
-    Raises InputError if a row has more cells than the header, as an unquoted comma makes it.
+    Raises InputError if a line has more cells than the header, as an unquoted comma makes it.
     """
     rows, reader = [], csv.DictReader(io.StringIO(read_text(path)), restval="")
     for row in reader:
@@ -916,10 +905,9 @@ def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
         rows.append((reader.line_num, row))
     return rows
 
-def check_times(start: float, end: float | None) -> None:
-    """Raises ValueError unless a clip can lie between these seconds; None is its file's end."""
-    if not 0 <= start < math.inf or (end is not None and not start < end < math.inf):
-        raise ValueError(f"needs 0 <= start < end, but they are {start} and {end}")
+def are_times(start: float, end: float | None) -> bool:
+    """Returns whether these can be a part of a file, in seconds; None is the file's end."""
+    return 0 <= start < math.inf and (end is None or start < end < math.inf)
 
 def find_files(root: str | Path) -> list[str]:
     """Returns the sorted paths of all files below `root` but hidden ones and embeddings (.npy).
@@ -940,16 +928,13 @@ def find_files(root: str | Path) -> list[str]:
                     found.append(path)
     return sorted(found)
 
-def split_name(path: str) -> tuple[str, bool]:
-    """Returns the name of a file without extension, and whether it is a part left by yt-dlp.
+def name_of(path: str) -> str:
+    """Returns the name of a file without extension and without the marks of yt-dlp's parts.
 
     Until yt-dlp has merged them into `name.mp4` the parts are `name.f137.mp4` and `name.temp.mp4`.
     """
     stem = os.path.splitext(os.path.basename(path))[0]
-    name, mark = os.path.splitext(stem)
-    number = mark.removeprefix(".f").split("-")[0]
-    is_part = mark == ".temp" or (mark.startswith(".f") and number.isdecimal())
-    return (name if is_part else stem), is_part
+    return re.sub(r"\.(temp|f\d+(-[^.]*)?)$", "", stem) if "." in stem else stem
 
 def streams_by_name(path: str) -> set[str]:
     """Returns which of "audio" and "video" a file may hold, by its ending."""
@@ -974,51 +959,44 @@ def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> C
     before films, and films with sound before silent ones. What cannot be read serves if there is
     nothing else, since decoding says why. The others are named in `skipped`.
     """
-    held = {path: streams_by_name(path) for path in cut_of}
-    broken = []
-    for path in cut_of:
-        if len(cut_of) > 1:                     # opening the only file of each would take hours
-            found = streams_in(path)
-            held[path] = found or held[path]
-            broken += [] if found else [path]
+    if len(cut_of) == 1:                    # is not opened: with two million clips this takes hours
+        path, cut = cut_of.popitem()
+        return clip._replace(cut=cut, **dict.fromkeys(streams_by_name(path), path))
+    held = {path: streams_in(path) for path in cut_of}
 
     def rank(path: str) -> tuple:
-        source = path in broken, not cut_of[path], split_name(path)[1]
-        return source, "video" in held[path], -len(held[path]), len(path), path
+        stem = os.path.splitext(os.path.basename(path))[0]
+        source = not held[path], not cut_of[path], name_of(path) != stem
+        is_film = not path.lower().endswith(SOUND_FILES)
+        return source, is_film, -len(held[path]), len(path), path
 
     files = {}
     for path in sorted(cut_of, key=rank):
-        for kind in held[path]:
+        for kind in held[path] or streams_by_name(path):
             files.setdefault(kind, path)
-    for path in cut_of:
-        if path not in files.values():
-            skipped.append((path, "not used: other files of this clip come first"))
+    unused = [path for path in cut_of if path not in files.values()]
+    skipped += [(path, "not used: other files of this clip come first") for path in unused]
     cuts = {cut_of[path] for path in files.values()}
     cut = cuts.pop() if len(cuts) == 1 else None
     return clip._replace(**files, cut=cut)
 
-def match_name(path: str) -> tuple[list[str], None]:
-    """Returns the ids that a file may have, its path or its name without the ending."""
-    name = os.path.splitext(path)[0]
-    return [name, os.path.basename(name), split_name(path)[0]], None
-
-def attach_files(clips: list[Clip], root: str | Path, skipped: list | None = None,
-                 match: Callable[[str], tuple[list, bool | None]] = match_name) -> list[Clip]:
+def attach_files(clips: list[Clip], root: str | Path, skipped: list | None,
+                 match: Callable[[str, str], tuple[list, bool | None]]) -> list[Clip]:
     """Gives each clip its media files below `root` and returns the clips that have any.
 
-    match    turns a path below `root` into the ids that it may stand for and the clip's `cut`.
+    match    turns a path below `root` and its name into the ids of its clips and their `cut`.
     skipped  gets (id or path, reason) of clips listed twice or without a file, and of unused files.
     Raises InputError if no clip has a file.
     """
     skipped = [] if skipped is None else skipped
     root = str(Path(root))                      # without a slash at its end
-    splits = {clip.split for clip in clips}
-    if not splits <= set(MISSING):
-        raise InputError(f"{root}: the lists name the splits {splits}, not only train and eval")
+    if {clip.split for clip in clips} - set(MISSING):
+        raise InputError(f"{root}: each clip's split must be train or eval")
     files, media = {clip.id: [] for clip in clips}, []
     for path in find_files(root):
-        names, cut = match(unicodedata.normalize("NFC", path[len(root) + 1:]))
-        known = files.keys() & names
+        below = unicodedata.normalize("NFC", path[len(root) + 1:])
+        ids, cut = match(below, name_of(below))
+        known = files.keys() & ids
         if path.lower().endswith(MEDIA_FILES):
             media.append(path)
             for name in known:
@@ -1057,16 +1035,13 @@ def coverage(clips: list[Clip], skipped: list) -> str:
         parts.append(f"{found:,} of {counted(listed, noun)} ({share:.1f} %)")
     return "found " + " and ".join(parts)
 
-def lone_labels(clips: list[Clip], classes: list[str]) -> str:
-    """Names the labels that only the training or only the evaluation clips have, "" if none."""
-    seen, parts = {"train": set(), "eval": set()}, []
+def lone_labels(clips: list[Clip], classes: list[str]) -> list[str]:
+    """Returns the labels that only training or only evaluation clips have, and which of the two."""
+    seen = {"train": set(), "eval": set()}
     for clip in clips:
         seen[clip.split].update(clip.labels)
-    for split, other in (("train", "eval"), ("eval", "train")):
-        alone = [classes[k] for k in sorted(seen[split] - seen[other])]
-        if alone:
-            parts.append(f"{counted(len(alone), 'label')} in {split} only: {', '.join(alone[:9])}")
-    return "; ".join(parts)
+    lone = [f"{classes[k]} (training)" for k in seen["train"] - seen["eval"]]
+    return sorted(lone + [f"{classes[k]} (evaluation)" for k in seen["eval"] - seen["train"]])
 
 def read_segments(path: Path, split: str, index: dict[str, int]) -> list[Clip]:
     """Reads an AudioSet list with rows `id, start, end, "label,label"`; `index` numbers the labels.
@@ -1081,9 +1056,8 @@ def read_segments(path: Path, split: str, index: dict[str, int]) -> list[Clip]:
         try:
             name, start, end = cells[0], float(cells[1]), float(cells[2])
             labels = tuple(sorted({index[label] for label in cells[3:]}))
-            check_times(start, end)
-            if len(name) != 11 or not labels:
-                raise ValueError("needs 11 characters of id and labels")
+            if len(name) != 11 or not labels or not are_times(start, end):
+                raise ValueError("needs 11 characters of id, labels and 0 <= start < end")
         except KeyError as error:
             raise InputError(f"{path}:{number}: unknown label {error}, it is not in "
                              "class_labels_indices.csv") from None
@@ -1099,13 +1073,10 @@ def tells_start(rest: str, start: float) -> bool:
     Downloaders write `_30.000_40.000`, `_30.0-40.0`, `_30`, or in milliseconds `_30000_40000`. A
     rounded start needs an end behind it, since a number alone may be an index.
     """
-    times = [math.nan, -math.inf]
-    for k, part in enumerate(rest.lstrip("_-").replace("-", "_").split("_")[:2]):
-        if not part.replace(".", "", 1).isdecimal():
-            break
-        times[k] = float(part)
-    told, end = times
-    margin = 1 if end > told else 0.001
+    found = re.match(r"[_-]*(\d+\.?\d*)([_-]+\d+\.?\d*)?(?:[_-]|$)", rest)
+    if not found:
+        return False
+    told, margin = float(found[1]), 1 if found[2] else 0.001
     return abs(told - start) < margin or (start > 0 and abs(told / 1000 - start) < 0.01)
 
 def read_audioset(root: str | Path, split: str = "balanced",
@@ -1125,8 +1096,7 @@ def read_audioset(root: str | Path, split: str = "balanced",
     clips += read_segments(find_list(root, "*eval_segments.csv"), "eval", index)
     start_of = {clip.id: clip.start for clip in clips}
 
-    def match(path: str) -> tuple[list, bool | None]:
-        stem, _ = split_name(path)
+    def match(path: str, stem: str) -> tuple[list, bool | None]:
         for prefix in ("", "Y", "v_", "id_", "v"):      # "" first: an id may begin with Y or v
             name = stem.removeprefix(prefix)
             if name[:11] in start_of:
@@ -1165,13 +1135,11 @@ def read_ucf101(root: str | Path, fold: int = 1, skipped: list | None = None) ->
                 raise InputError(f"{path}:{number}: expected class/file and perhaps a number, the "
                                  f"class as in classInd.txt, got {line.strip()!r}")
             if label in index:
-                stem, _ = split_name(line.split()[0])
-                clips.append(Clip(stem, (index[label],), split))
+                clips.append(Clip(name_of(line.split()[0]), (index[label],), split))
     id_of = {clip.id.lower(): clip.id for clip in clips}
 
-    def match(path: str) -> tuple[list, None]:
-        stem, _ = split_name(path)
-        return [id_of.get(stem.lower())], None
+    def match(path: str, name: str) -> tuple[list, None]:
+        return [id_of.get(name.lower())], None
 
     return attach_files(clips, root, skipped, match), classes
 
@@ -1184,7 +1152,7 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
     """
     skipped = [] if skipped is None else skipped
     path = find_list(root, "*annotation.json", "activity_net*.json")
-    # Letters that JSON writes as numbers, such as \\u0301, are spelled as in the other lists, too.
+    # Letters that JSON writes as numbers, such as \u0301, are spelled as in the other lists, too.
     text = json.dumps(json.loads(read_text(path)), ensure_ascii=False)
     content = json.loads(unicodedata.normalize("NFC", text))
     entries = []
@@ -1203,10 +1171,8 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
         if note["label"] not in index:
             raise InputError(f"{path}: {name}: unknown label {note['label']!r}, not in `labels`")
         start, end = note.get("segment", (0.0, None))
-        try:
-            check_times(start, end)
-        except ValueError as error:
-            skipped.append((name, f"its segment in {path.name} {error}"))
+        if not are_times(start, end):
+            skipped.append((name, f"not used: {path} has it from {start} to {end} s"))
             continue
         clips.append(Clip(name, (index[note["label"]],), splits[subset], start=start, end=end))
         if end is None:
@@ -1215,8 +1181,7 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
             id_of[name] = name
             segments[name.rpartition("_")[0]].append(name)
 
-    def match(path: str) -> tuple[list, bool]:
-        stem, _ = split_name(path)
+    def match(path: str, stem: str) -> tuple[list, bool]:
         name = id_of.get(stem) or id_of.get(stem.lower())
         if name or path.lower().endswith(FRAME_FILES):  # frames of a whole video carry no times
             return [name], True
@@ -1232,21 +1197,17 @@ def read_folder(root: str | Path, skipped: list | None = None) -> DataSet:
     """
     skipped = [] if skipped is None else skipped
     root = find_list(root, "train").parent
-    others = sorted(path for path in root.glob("[!.]*/") if path.name not in ("train", "val"))
     if not (root / "val").is_dir():
-        names = [f"{path.name}/" for path in others]
         raise InputError(f"{root}: there is train/, but no val/; rename the folder of evaluation "
-                         f"clips to val/, perhaps one of {names}")
-    for path in others:
-        skipped.append((str(path), "not used: it lies beside train/ and val/"))
+                         "clips, such as test/, to val/")
     groups = defaultdict(list)
     for path in find_files(root / "train") + find_files(root / "val"):
-        folder = unicodedata.normalize("NFC", os.path.relpath(os.path.dirname(path), root))
-        name = unicodedata.normalize("NFC", split_name(path)[0])
+        below = unicodedata.normalize("NFC", os.path.relpath(path, root))
+        folder = os.path.dirname(below)
         if "/" not in folder:
             skipped.append((path, f"not used: it lies in {folder}/, not in {folder}/<label>/"))
         elif path.lower().endswith(MEDIA_FILES):
-            groups[f"{folder}/{name}"].append(path)
+            groups[f"{folder}/{name_of(below)}"].append(path)
         else:
             skipped.append((path, NO_MEDIA))
     if not groups:
@@ -1263,38 +1224,41 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
     """Reads any other data set: clips.csv with the header `id,split,labels`, labels joined by `;`.
 
     The split is train or eval, and the media files are called `<id>.*`; an id may contain folders.
-    With columns `start` and `end`, in seconds, a clip is that part of its file. An id with several
-    parts gives a clip for each, called `<id>@<start>-<end>`, such as a@0-2.5. Raises InputError.
+    With columns `start` and `end`, in seconds, a clip is that part of its file. Where several rows
+    have one id, each part is a clip called `<id>@<start>-<end>`, as in a@0-2.5. Raises InputError.
     """
     path = find_list(root, "clips.csv")
     rows = read_table(path)
     joined = ";".join(row.get("labels", "") for _, row in rows)
     classes = sorted({name.strip() for name in joined.split(";")} - {""})
     index = {name: i for i, name in enumerate(classes)}
-    clips, parts, ids_of = [], defaultdict(set), defaultdict(list)
+    clips, ids_of = [], defaultdict(list)
+    counts = Counter(row.get("id") for _, row in rows)
     for number, row in rows:
         try:
             names = {name.strip() for name in row["labels"].split(";")} - {""}
             labels = tuple(sorted(index[name] for name in names))
             start = float(row.get("start") or 0)
             end = float(row["end"]) if row.get("end") else None
-            check_times(start, end)
             if not row["id"] or not labels or row["split"] not in ("train", "eval"):
                 raise ValueError("needs an id, the split train or eval, and a label")
+            if not are_times(start, end):
+                raise ValueError("needs 0 <= start < end")
         except (KeyError, ValueError) as error:
             raise InputError(f"{path}:{number}: expected id,split,labels and perhaps start,end, "
                              f"got {list(row.values())}: {error}") from None
-        clips.append(Clip(row["id"], labels, row["split"], start=start, end=end))
-        parts[row["id"]].add((start, end))
-    for k, clip in enumerate(clips):
-        if len(parts[clip.id]) > 1:
-            times = [f"{time:.15g}" for time in (clip.start, clip.end) if time is not None]
-            clips[k] = clip._replace(id=f"{clip.id}@{'-'.join(times)}")
-        ids_of[clip.id].append(clips[k].id)
+        name = row["id"]
+        if counts[name] > 1 and (start or end):
+            name += "@" + "-".join(f"{time:.15g}" for time in (start, end) if time is not None)
+        ids_of[row["id"]].append(name)
+        clips.append(Clip(name, labels, row["split"], start=start, end=end))
 
-    def match(path: str) -> tuple[list, bool]:
-        names, _ = match_name(path)
-        return sum((ids_of.get(name, []) for name in names), []), False
+    def match(path: str, name: str) -> tuple[list, bool]:
+        whole = os.path.splitext(path)[0]
+        for key in (whole, os.path.basename(whole), name):
+            if key in ids_of:
+                return ids_of[key], False
+        return [], False
 
     return attach_files(clips, root, skipped, match), classes
 
@@ -1316,7 +1280,7 @@ def find_layout(root: str | Path) -> str:
     if not os.path.isdir(root):
         raise InputError(f"{root}: there is no such folder")
     for layout, (sign, _) in READERS.items():
-        found = find_paths(root, sign)
+        found = [*Path(root).glob(sign), *Path(root).glob(f"[!.]*/{sign}")]
         if layout == "release" and found and '"segment"' in read_text(found[0]):
             return "activitynet"                        # the release of its segments
         if found:
@@ -2277,10 +2241,9 @@ def predict_files(args, saved: dict) -> None:
             continue
         own = scores[row[path]]
         order = own.argsort(descending=True).tolist()
-        if gallery:                                     # no file is its own neighbour
-            real = os.path.realpath(path)
-            order = [k for k in order if os.path.realpath(names[k]) != real]
-        for k in order[:5]:
+        real = os.path.realpath(path) if gallery else None      # no file is its own neighbour
+        others = [k for k in order if os.path.realpath(names[k]) != real]
+        for k in others[:5]:
             print(f"  {own[k]:.3f}  {names[k]}")
     bad = sum(path in reasons for path in files)
     if bad:
@@ -2488,8 +2451,9 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
         raise InputError(f"--task {args.task} needs one label for each clip, but clips of --data "
                          f"{args.data} have several; use --task audio_tagging")
     log.info(f"data {args.data}: {len(classes)} classes, {coverage(clips, skipped)}")
-    if lone_labels(clips, classes):
-        log.warning(f"warning: {lone_labels(clips, classes)}")
+    lone = lone_labels(clips, classes)
+    if lone:
+        log.warning(f"{counted(len(lone), 'label')} in one split only: {', '.join(lone[:9])}")
     if args.per_class:
         clips = limit_classes(clips, args.per_class, args.seed)
     return clips, classes
