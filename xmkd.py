@@ -863,8 +863,8 @@ class Clip(NamedTuple):
 DataSet = tuple[list[Clip], list[str]]          # clips and class names
 SOUND_FILES = tuple(""".wav .flac .mp3 .m4a .ogg .oga .opus .aac .mka .weba .aif .aiff .aifc .caf
     .au .snd .wma .ac3 .eac3 .dts .mp2 .mpa .m4b .wv .ape .tta .amr .w64""".split())
-FILM_FILES = tuple(""".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .3gp .3g2 .mts .m2ts .m2t .vob
-    .m2v .mpe .flv .f4v .wmv .asf .ogv .ogm .divx .dv .qt .rm .rmvb .mxf .nut""".split())
+FILM_FILES = tuple(""".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .mpe .ts .3gp .3g2 .mts .m2ts .m2t
+    .vob .flv .f4v .wmv .asf .ogv .ogm .divx .dv .qt .rm .rmvb .mxf .nut""".split())
 FRAME_FILES = (".hdf5",)                        # a JPEG a frame, as in the authors' release
 MEDIA_FILES = SOUND_FILES + FILM_FILES + FRAME_FILES
 NO_MEDIA = "not used: its ending is none of a media file that is known; convert or rename it"
@@ -883,14 +883,17 @@ def find_list(root: str | Path, *patterns: str) -> Path:
                 raise InputError(f"{root}: {found[0]} and {found[1]} are both there; move one away")
             if found:
                 return found[0]
-    raise InputError(f"{root}: no {' or '.join(patterns)} in this folder or one folder below")
+    raise InputError(f"{root}: {' or '.join(patterns)} is missing; put it here or one folder below")
 
 def read_text(path: Path) -> str:
-    """Reads a list in UTF-8 and spells accents in one way (NFC). Raises InputError otherwise."""
+    """Reads a list, with accents spelled in one way (NFC). Raises InputError if it is not UTF-8."""
     try:
-        return unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeError as error:
         raise InputError(f"{path}: {error}; save it in UTF-8") from None
+    if path.suffix == ".json":                  # may write an accent as its number, \u0301
+        text = json.dumps(json.loads(text), ensure_ascii=False)
+    return unicodedata.normalize("NFC", text)
 
 def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
     """Returns the number and the cells, by column, of each line below a list's header.
@@ -917,15 +920,14 @@ def find_files(root: str | Path) -> list[str]:
     found, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-        else:
-            seen.add(real)
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-            for name in names:
-                path = os.path.join(folder, name)
-                if name[0] != "." and not name.endswith(".npy") and os.path.isfile(path):
-                    found.append(path)
+        is_new = real not in seen
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if is_new and name[0] != ".")
+        for name in names:
+            path = os.path.join(folder, name)
+            is_meant = is_new and name[0] != "." and not name.endswith(".npy")
+            if is_meant and os.path.isfile(path):
+                found.append(path)
     return sorted(found)
 
 def name_of(path: str) -> str:
@@ -1152,9 +1154,7 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
     """
     skipped = [] if skipped is None else skipped
     path = find_list(root, "*annotation.json", "activity_net*.json")
-    # Letters that JSON writes as numbers, such as \u0301, are spelled as in the other lists, too.
-    text = json.dumps(json.loads(read_text(path)), ensure_ascii=False)
-    content = json.loads(unicodedata.normalize("NFC", text))
+    content = json.loads(read_text(path))
     entries = []
     for key, entry in content["database"].items():
         entries.append((key, entry["subset"], entry))
@@ -1254,8 +1254,7 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
         clips.append(Clip(name, labels, row["split"], start=start, end=end))
 
     def match(path: str, name: str) -> tuple[list, bool]:
-        whole = os.path.splitext(path)[0]
-        for key in (whole, os.path.basename(whole), name):
+        for key in os.path.splitext(path)[0], os.path.splitext(os.path.basename(path))[0], name:
             if key in ids_of:
                 return ids_of[key], False
         return [], False
@@ -1281,7 +1280,7 @@ def find_layout(root: str | Path) -> str:
         raise InputError(f"{root}: there is no such folder")
     for layout, (sign, _) in READERS.items():
         found = [*Path(root).glob(sign), *Path(root).glob(f"[!.]*/{sign}")]
-        if layout == "release" and found and '"segment"' in read_text(found[0]):
+        if layout == "release" and found and b'"segment"' in found[0].read_bytes():
             return "activitynet"                        # the release of its segments
         if found:
             return layout
