@@ -251,14 +251,14 @@ def write_sound(path, channels, rate=16000, codec="pcm_s16le"):
         file.mux(stream.encode(frame) + stream.encode(None))
     return path
 
-def write_video(path):
-    """Writes 40 pictures, 10 a second. Picture k is 16 + 5 k; its upper left quarter is black."""
+def write_video(path, count=40):
+    """Writes pictures, 10 a second. Picture k is 16 + 5 k; its upper left quarter is black."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("mpeg4", rate=10, width=64, height=48, pix_fmt="yuv420p")
         stream.codec_context.bit_rate = 2_000_000
         stream.codec_context.gop_size = 25
         stream.codec_context.sample_aspect_ratio = 2        # pixels twice as wide as high
-        for k in range(40):
+        for k in range(count):
             picture = np.full((48, 64, 3), 16 + 5 * k, np.uint8)
             picture[:24, :32] = 0
             frame = av.VideoFrame.from_ndarray(picture, "rgb24")
@@ -307,10 +307,20 @@ def test_what_holds_no_sound_is_refused_with_its_path(tmp_path):
     (tmp_path / "list").write_text("ffconcat version 1.0\nfile good.wav\n")
     write_sound(tmp_path / "good.wav", tone(2)[None])
     write_sound(tmp_path / "nan.wav", np.full((1, 9000), np.nan), codec="pcm_f32le")
+    write_sound(tmp_path / "loud.wav", 32768 * tone(2)[None], codec="pcm_f32le")
     write_video(tmp_path / "silent.mp4")
-    for name in "empty", "list", "nan.wav", "silent.mp4", "none":
+    for name in "empty", "list", "nan.wav", "loud.wav", "silent.mp4", "none":
         with pytest.raises(xmkd.InputError, match=f"^{tmp_path}/{name}: "):
             xmkd.decode_audio(tmp_path / name)
+
+def test_a_film_of_three_pictures_a_held_picture_and_a_tag_behind_the_sound(tmp_path):
+    assert shown(xmkd.decode_video(write_video(tmp_path / "a.ts", 3), fps=10)) == [0, 1, 2]
+    path = write_video(tmp_path / "a.avi")
+    path.write_bytes(path.read_bytes().replace(b"idx1", 20 * b"00dc\0\0\0\0" + b"idx1"))
+    assert shown(xmkd.decode_video(path, fps=10)) == [*range(40), *20 * [39]]
+    path = write_sound(tmp_path / "a.mp3", tone(3)[None], codec="libmp3lame")
+    path.write_bytes(path.read_bytes() + b"APETAGEX" + bytes(100_000))
+    assert len(xmkd.decode_audio(path)) / 32000 == pytest.approx(3, abs=0.1)
 
 @needs_testdata
 def test_media_from_the_field_are_right_or_refused():
@@ -351,6 +361,7 @@ def test_audioset_files_are_found_by_id_in_every_naming_scheme(tmp_path, ytid, n
     path = put(tmp_path, name.format(ytid))
     clips, classes = xmkd.read_audioset(tmp_path)
     assert classes == ["One, first", "Two"]
+    assert not xmkd.tells_start("_2", 1.5)              # may be an index
     video = path if name.endswith((".mp4", ".mkv")) else None
     assert clips[0] == (ytid, (0, 1), "train", path, video, 30, 40, cut)
 
@@ -372,6 +383,7 @@ def test_missing_and_repeated_clips_are_reported_and_the_share_found_is_told(tmp
 
 @pytest.mark.parametrize("row, reason", [
     ("aaaaaaaaaa0, 0, 10, /m/1", "train split is empty; found 0 of 1 training"),
+    ("aaaaaaaaaa0, 10, nan, /m/1", "balanced_train_segments.csv:2: .*0 <= start < end"),
     ("aaaaaaaaaa0, 0, 10, /m/9", "balanced_train_segments.csv:2: unknown label '/m/9'"),
     ("#NAME?, 0, 10, /m/1", "balanced_train_segments.csv:2: expected id, start, end")])
 def test_a_list_that_cannot_be_used_says_why(tmp_path, row, reason):
@@ -386,9 +398,27 @@ def test_a_folder_that_cannot_be_used_says_why(tmp_path):
     (tmp_path / "eval/Ybbbbbbbbbb0.wav").rename(tmp_path / "other.wav")
     with pytest.raises(xmkd.InputError, match="none of the 2 .*a0.*bbbbbbbbbb0.*other.wav"):
         xmkd.read_data(tmp_path)
-    put(tmp_path, "clips.csv", "id,split,labels\na,train,dog\nb,test,dog\n")
-    with pytest.raises(xmkd.InputError, match="clips.csv:3: expected id,split,labels"):
+    with pytest.raises(xmkd.InputError, match="other.wav: it is a file"):
+        xmkd.read_data(tmp_path / "other.wav")
+    (tmp_path / "metadata/class_labels_indices.csv").unlink()
+    with pytest.raises(xmkd.InputError, match="class_labels_indices.csv is missing"):
         xmkd.read_data(tmp_path)
+    put_empty(tmp_path, "a/train/dog/0.wav a/test/dog/1.wav b/train/dog/0.wav")
+    with pytest.raises(xmkd.InputError, match="no val/; rename .* test/"):
+        xmkd.read_data(tmp_path / "a")
+    with pytest.raises(xmkd.InputError, match="a/train and .*b/train are both there"):
+        xmkd.read_folder(tmp_path)
+
+@pytest.mark.parametrize("row, reason", [
+    ("a,test,dog", ":3: expected id,split,labels"), ("a,train,dog, loud", ":3: .* more cells"),
+    ("a,train,dog,-5,1", ":3: .*0 <= start < end"), ("a,train,dog,2,1", ":3: .*0 <= start < end"),
+    ("a,train,dog,nan,", ":3: .*0 <= start < end"), ("a,train,b\udce4r", ": .*save it in UTF-8")])
+def test_a_row_of_clips_csv_that_cannot_be_used_is_named(tmp_path, row, reason):
+    head = "id,split,labels" + ",start,end" * (row.count(",") > 3)
+    path = Path(put(tmp_path, "clips.csv"))
+    path.write_bytes(f"{head}\n\n{row}\n".encode(errors="surrogateescape"))
+    with pytest.raises(xmkd.InputError, match=f"clips.csv{reason}"):
+        xmkd.read_list(tmp_path)
 
 def test_ucf101_is_read_whatever_its_case_and_line_ends_and_only_where_it_has_sound(tmp_path):
     put_empty(tmp_path, """UCF-101/Typing/v_Typing_g01_c02.avi UCF-101/Biking/v_Biking_g08_c01.avi
@@ -410,6 +440,7 @@ def test_activitynet_segments_are_clips_cut_out_or_parts_of_the_whole_video(tmp_
     database = {name: {"subset": "training", "annotations": notes} for name in ("aaaaaaaaaa0", "x")}
     database["-bbb"] = {"subset": "validation", "annotations": notes[:1]}
     database["c"] = {"subset": "testing", "annotations": []}
+    database["d"] = {"subset": "training", "annotations": [{"label": "Surf", "segment": [9, 1.5]}]}
     content = {"labels": ["Surf", "Archery"], "database": database}     # in the release's own order
     put(tmp_path, "annotation.json", json.dumps(content))
     put_empty(tmp_path, "v_aaaaaaaaaa0.mkv -bbb.mp4 v_x_1.mp4 v_c.mp4 v_x.hdf5")
@@ -421,10 +452,11 @@ def test_activitynet_segments_are_clips_cut_out_or_parts_of_the_whole_video(tmp_
         ("v_aaaaaaaaaa0_1", (1,), "v_aaaaaaaaaa0.mkv", 20, 31, False),
         ("v_x_1", (1,), "v_x_1.mp4", 20, 31, True),
         ("v_-bbb_0", (0,), "-bbb.mp4", 1.5, 9, False)]
-    assert [name for name, _ in skipped] == ["v_x_0"]
+    assert [name for name, _ in skipped] == ["v_d_0", "v_x_0"]
 
 def test_files_of_one_name_are_one_clip_and_those_that_it_does_not_need_are_listed(tmp_path):
-    put_empty(tmp_path, "train/cat/pair.mp4 train/cat/pair.wav train/stray.mp4 val/dog/x/1.mkv")
+    put_empty(tmp_path, "train/cat/pair.mp4 train/cat/pair.wav train/stray.mp4 val/dog/x/1.mkv "
+                        "val/dog/b.xyz")
     put(tmp_path, "val/dog/c.m4a")
     for name in "a.mov", "a.avi", "b.avi", "b.temp.avi":
         picture = np.zeros((32, 32, 3), np.uint8)
@@ -437,18 +469,22 @@ def test_files_of_one_name_are_one_clip_and_those_that_it_does_not_need_are_list
         "val/dog/a": ["a.avi", "a.avi"], "val/dog/b": ["b.avi", "b.avi"],
         "val/dog/c": ["c.m4a", None]}
     assert [clip.split for clip in clips] == ["train"] + 4 * ["eval"]
-    assert [Path(path).name for path, _ in skipped] == ["stray.mp4", "a.mov", "b.temp.avi"]
+    assert [Path(path).name for path, _ in skipped] == ["stray.mp4", "b.xyz", "a.mov", "b.temp.avi"]
+    assert xmkd.lone_labels(clips, classes) == ["cat (training)", "dog (evaluation)"]
 
 def test_any_list_is_read_as_clips_csv(tmp_path):
-    put_empty(tmp_path, "media/2.mp4 a/1.webm b/1.webm")
+    put_empty(tmp_path, "media/2.mp4 a/1.webm b/1.webm cafe\u0301.mp4")
     put(tmp_path, "clips.csv", '\ufeffid,split,labels,start,end\r\na/1,train,"dog; loud, cat",,\r\n'
-                               "b/1,eval,dog,30,40\r\n2,eval,dog,5,\r\n")
+                               "b/1,eval,dog,30,40\r\n2,eval,dog,5,\r\n"
+                               "caf\u00e9,eval,dog,0,2.5\r\ncaf\u00e9,eval,dog,2.5,\r\n")
     layout, clips, classes = xmkd.read_data(tmp_path)
     assert (layout, classes) == ("list", ["dog", "loud, cat"])
     assert [(*clip[:3], files_of(clip)[1], *clip[5:]) for clip in clips] == [
         ("a/1", (0, 1), "train", "1.webm", 0, None, False),
         ("b/1", (0,), "eval", "1.webm", 30, 40, False),
-        ("2", (0,), "eval", "2.mp4", 5, None, False)]
+        ("2", (0,), "eval", "2.mp4", 5, None, False),
+        ("caf\u00e9@0-2.5", (0,), "eval", "cafe\u0301.mp4", 0, 2.5, False),
+        ("caf\u00e9@2.5", (0,), "eval", "cafe\u0301.mp4", 2.5, None, False)]
 
 # -------------------- 6. Demo --------------------
 def test_the_demos_teacher_is_noisy_and_wrong_as_often_as_asked(monkeypatch):
@@ -750,7 +786,8 @@ def test_embeddings_of_any_width_come_from_a_folder(tmp_path, demo):
     assert (out / "skipped.csv").read_text().count("no embedding") == 2
 
 # -------------------- 12. Prediction on files --------------------
-def test_predict_prints_classes_or_the_nearest_clips_and_names_bad_files(trained, demo, capsys):
+def test_predict_prints_classes_or_the_nearest_clips_and_names_bad_files(
+        trained, demo, capsys, monkeypatch):
     ask = ["--checkpoint", str(trained / "last.pt"), "--workers", "0", "--predict"]
     good, bad = str(demo / "0003.avi"), trained / "bad.mp4"
     bad.write_bytes(b"<html>")
@@ -766,6 +803,10 @@ def test_predict_prints_classes_or_the_nearest_clips_and_names_bad_files(trained
     scores = [float(line.split()[0]) for line in nearest]
     assert scores == sorted(scores, reverse=True)
     assert good not in "".join(nearest)                 # a file is not its own neighbour
+    monkeypatch.chdir(trained)
+    name = shutil.copy(good, lines[1].split()[1])       # a file that is called like a class
+    assert xmkd.main(ask + [name]) == 0
+    assert capsys.readouterr().out.splitlines() == [name, *lines[1:6]]
 
 # -------------------- 13. Arguments and main --------------------
 def test_a_checkpoint_scores_like_its_run_and_refuses_other_data(tmp_path, trained, demo, capsys):

@@ -41,9 +41,11 @@ import json
 import logging
 import math
 import os
+import re
 import statistics
 import sys
 import time
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -580,14 +582,16 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
     """
     options = {"protocol_whitelist": ""}        # a playlist must not open other files or addresses
     try:
-        if os.path.getsize(path) == 0:
-            raise InputError("it is empty (0 bytes)")
-        with open(path, "rb") as file, \
-                av.open(file, options=options, metadata_errors="replace") as container:
-            stream = choose_stream(container, kind)
-            if seek > 0:
-                container.seek(round(seek * av.time_base) + (container.start_time or 0))
-            yield stream
+        with open(path, "rb") as file:
+            if not file.peek():
+                raise InputError("it is empty (0 bytes)")
+            # FFmpeg does not recognise MPEG-TS, packets of 188 bytes, of two or three pictures.
+            form = "mpegts" if file.peek()[:752:188] == b"GGGG" else None
+            with av.open(file, format=form, options=options, metadata_errors="replace") as media:
+                stream = choose_stream(media, kind)
+                if seek > 0:
+                    media.seek(round(seek * av.time_base) + (media.start_time or 0))
+                yield stream
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     except Exception as error:                  # PyAV raises a dozen types, depending on the damage
@@ -597,12 +601,11 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
 def choose_stream(container, kind: str):
     """Returns the stream that FFmpeg would choose; cover art is not video."""
     cover = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams
-               if stream.type == kind and not stream.disposition & cover]
-    if not streams:
+    found = [each for each in getattr(container.streams, kind) if not each.disposition & cover]
+    if not found:
         raise InputError(f"it has no {kind} stream")
     best = container.streams.best(kind)
-    stream = best if best in streams else streams[0]
+    stream = best if best in found else found[0]
     if stream.codec_context is None:
         raise InputError(f"its {kind} is in a codec that FFmpeg does not know; convert it")
     stream.thread_type = "NONE"                 # decoder threads can hang in forked processes
@@ -616,8 +619,7 @@ def find_seek(path: str | Path, kind: str, start: float) -> float:
     """
     if start > 1:
         with suppress(InputError), open_stream(path, kind, start - 1) as stream:
-            frames = decode_frames(stream, start, start)
-            begin, _, _ = next(frames, (math.inf, 0.0, None))
+            begin, *_ = next(decode_frames(stream, start, start), [math.inf])
             if begin <= start:
                 return start - 1
     return 0.0
@@ -654,8 +656,7 @@ def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
             if stream.type == "audio":
                 length = frame.samples / frame.sample_rate
             else:
-                rate = stream.guessed_rate or 25
-                length = float(frame.duration * frame.time_base or 1 / rate)
+                length = float(frame.duration * frame.time_base or 1 / (stream.guessed_rate or 25))
             following = begin + length
             yield begin, length, frame
 
@@ -671,6 +672,9 @@ def check_length(stream, start: float, end: float, got: float) -> None:
     form = container.format.name.split(",")[0]
     first = stream.start_time or 0
     last = -math.inf
+    told = (first + (stream.duration or 0)) * stream.time_base
+    # FFmpeg guesses from the size if an MP3 has no LAME header, or a large tag behind the sound.
+    guessed = form == "mp3" and told * stream.bit_rate < 1.05 * 8 * container.size
     if form == "matroska" and "DURATION" in stream.metadata:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
         last = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
@@ -678,8 +682,8 @@ def check_length(stream, start: float, end: float, got: float) -> None:
         last = (container.duration or 0) / av.time_base     # else a guess, or another stream's
     elif form == "avi" and stream.frames < 2 ** 30:         # 2 ** 30: unknown, as in a pipe
         last = (first + stream.frames) * stream.time_base   # `duration` is what is left
-    elif form in ("mov", "flac", "aiff") or (form == "mp3" and first):  # LAME's header tells
-        last = (first + (stream.duration or 0)) * stream.time_base
+    elif form in ("mov", "flac", "aiff", "mp3") and not guessed:
+        last = told
     promised = min(last - origin, end) - start
     if got < promised - max(0.3, 0.1 * promised):
         raise InputError(f"truncated: {got:.1f} of {promised:.1f} s of {stream.type} are left")
@@ -689,6 +693,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
 
     start, end  seconds since the file's start; `end` is the file's end by default and at most
     Mono is the mean of the channels. Gaps between timestamps and a late start become silence.
+    Peaks up to 2, as lossy codecs leave them, are kept; more is no sound on a scale of -1..1.
     Raises InputError if the file has no sound there, is truncated, damaged or cannot be decoded.
     """
     rate = 32000
@@ -709,8 +714,9 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
         size = round(min(written, (end - start) * rate))
         check_length(stream, start, end, size / rate if heard else 0.0)
         sound = np.concatenate(parts)[:size]
-        if not np.isfinite(sound).all():
-            raise InputError("its samples are infinite or not a number (NaN); convert it")
+        peak = np.abs(sound).max()
+        if not peak <= 2:                       # also NaN
+            raise InputError(f"its samples reach {peak:g}, not at most 2; scale them to -1..1")
     return torch.from_numpy(sound)
 
 def join_frames(frames: Iterator[tuple], end: float, rate: int) -> Iterator[tuple]:
@@ -766,7 +772,7 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     pictures, size, stop = [], None, start
     with open_stream(path, "video", find_seek(path, "video", start)) as stream:
         frames = decode_frames(stream, start, end)
-        for begin, stop, frame in show_frames(frames):
+        for begin, stop, frame in show_frames(frames, stream):
             if not pictures and begin > start + 0.5:
                 raise InputError(f"there is no picture between {start:g} and {begin:g} s")
             stop = min(stop, end)
@@ -781,8 +787,8 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
         check_length(stream, start, end, stop - start)
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
-def show_frames(frames: Iterator[tuple]) -> Iterator[tuple]:
-    """Yields (begin, stop, frame): when each picture is shown, in seconds.
+def show_frames(frames: Iterator[tuple], stream) -> Iterator[tuple]:
+    """Yields (begin, stop, frame): when each picture of a stream is shown, in seconds.
 
     The k-th picture gets the k-th smallest time: B-frames in AVI carry each other's timestamps. The
     last picture is shown as long as the file says.
@@ -798,7 +804,15 @@ def show_frames(frames: Iterator[tuple]) -> Iterator[tuple]:
                 raise InputError("its timestamps restart in mid-stream; convert it")
             shown = times.pop(0)
             yield shown, times[0], pictures.pop(0)
+    if stream.container.format.name == "avi" and len(stream.index_entries):
+        stop += count_empty(stream) / stream.guessed_rate
     yield from zip(times, times[1:] + [stop], pictures)
+
+def count_empty(stream) -> int:
+    """Counts the empty chunks behind the pictures of an AVI; each shows the last picture again."""
+    last = stream.index_entries[-1]
+    tail = np.fromfile(stream.container.name, np.uint8, offset=last.pos).tobytes()
+    return len(re.findall(rb"%02d[a-z]{2}\0{4}" % stream.index, tail.partition(b"idx1")[0]))
 
 def scaled_size(width: float, height: float, side: int) -> tuple[int, int]:
     """Returns (width, height) for a shorter side of `side` pixels, or unchanged if it has less."""
@@ -817,10 +831,7 @@ def to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
         if abs(b) > abs(a):
             picture = picture.swapaxes(0, 1)
             a, d = c, b
-        if a < 0:
-            picture = picture[:, ::-1]
-        if d < 0:
-            picture = picture[::-1]
+        picture = picture[::np.sign(d), ::np.sign(a)]
     return picture
 
 def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
@@ -857,63 +868,93 @@ class Clip(NamedTuple):
                                     # recording; None: its duration decides
 
 DataSet = tuple[list[Clip], list[str]]          # clips and class names
-SOUND_FILES = tuple(".wav .flac .mp3 .m4a .ogg .oga .opus .aac .mka .weba".split())
-FILM_FILES = tuple(".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .ts .3gp".split())
+SOUND_FILES = tuple(""".wav .flac .mp3 .m4a .ogg .oga .opus .aac .mka .weba .aif .aiff .aifc .caf
+    .au .snd .wma .ac3 .eac3 .dts .mp2 .mpa .m4b .wv .ape .tta .amr .w64""".split())
+FILM_FILES = tuple(""".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .mpe .ts .3gp .3g2 .mts .m2ts .m2t
+    .vob .flv .f4v .wmv .asf .ogv .ogm .divx .dv .qt .rm .rmvb .mxf .nut""".split())
 FRAME_FILES = (".hdf5",)                        # a JPEG a frame, as in the authors' release
+MEDIA_FILES = SOUND_FILES + FILM_FILES + FRAME_FILES
+NO_MEDIA = "not used: its ending is none of a media file that is known; convert or rename it"
 MISSING = {"train": "missing: no file is named after this training clip",
            "eval": "missing: no file is named after this evaluation clip"}
 
 def find_list(root: str | Path, *patterns: str) -> Path:
-    """Returns the first path that matches the first pattern in `root` or one folder below.
+    """Returns the path that matches the first pattern with a match in `root` or one folder below.
 
-    Later patterns count if those before have no match. Raises InputError if none has.
+    Raises InputError if there is none, or if it is open which of several is meant.
     """
     for pattern in patterns:
         for place in (pattern, f"[!.]*/{pattern}"):
-            for path in sorted(Path(root).glob(place)):
-                if not path.name.startswith("."):
-                    return path
-    raise InputError(f"{root}: no {' or '.join(patterns)} in this folder or one folder below")
+            found = [path for path in sorted(Path(root).glob(place)) if path.name[0] != "."]
+            if len(found) > 1:
+                raise InputError(f"{root}: {found[0]} and {found[1]} are both there; move one away")
+            if found:
+                return found[0]
+    raise InputError(f"{root}: {' or '.join(patterns)} is missing; put it here or one folder below")
 
-def find_media(root: str | Path) -> list[str]:
-    """Returns the sorted paths of all media files below `root`, recognised by their extensions.
+def read_text(path: Path) -> str:
+    """Reads a list, with accents spelled in one way (NFC). Raises InputError if it is not UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeError as error:
+        raise InputError(f"{path}: {error}; save it in UTF-8") from None
+    if path.suffix == ".json":                  # may write an accent as its number, \u0301
+        text = json.dumps(json.loads(text), ensure_ascii=False)
+    return unicodedata.normalize("NFC", text)
 
-    Linked folders are followed, but no folder is read twice. Hidden files and folders are skipped.
+def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
+    """Returns the number and the cells, by column, of each line below a list's header.
+
+    Raises InputError if a line has more cells than the header, as an unquoted comma makes it.
     """
-    endings = SOUND_FILES + FILM_FILES + FRAME_FILES
+    rows, reader = [], csv.DictReader(io.StringIO(read_text(path)), restval="")
+    for row in reader:
+        if "".join(row.pop(None, [])).strip():
+            raise InputError(f"{path}:{reader.line_num}: it has more cells than the header; put "
+                             "cells with a comma into quotes")
+        rows.append((reader.line_num, row))
+    return rows
+
+def are_times(start: float, end: float | None) -> bool:
+    """Returns whether these can be a part of a file, in seconds; None is the file's end."""
+    return 0 <= start < math.inf and (end is None or start < end < math.inf)
+
+def find_files(root: str | Path) -> list[str]:
+    """Returns the sorted paths of all files below `root` but hidden ones and embeddings (.npy).
+
+    Linked folders are followed, but no folder is read twice.
+    """
     found, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-        else:
-            seen.add(real)
-            subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
-            for name in names:
-                path = os.path.join(folder, name)
-                if name.lower().endswith(endings) and name[0] != "." and os.path.isfile(path):
-                    found.append(path)
+        is_new = real not in seen
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if is_new and name[0] != ".")
+        for name in names:
+            path = os.path.join(folder, name)
+            is_meant = is_new and name[0] != "." and not name.endswith(".npy")
+            if is_meant and os.path.isfile(path):
+                found.append(path)
     return sorted(found)
 
-def split_name(path: str) -> tuple[str, bool]:
-    """Returns the name of a file without extension, and whether it is a part left by yt-dlp.
+def name_of(path: str) -> str:
+    """Returns the name of a file without extension and without the marks of yt-dlp's parts.
 
     Until yt-dlp has merged them into `name.mp4` the parts are `name.f137.mp4` and `name.temp.mp4`.
     """
     stem = os.path.splitext(os.path.basename(path))[0]
-    name, mark = os.path.splitext(stem)
-    number = mark.removeprefix(".f").split("-")[0]
-    is_part = mark == ".temp" or (mark.startswith(".f") and number.isdecimal())
-    return (name if is_part else stem), is_part
+    return re.sub(r"\.(temp|f\d+(-[^.]*)?)$", "", stem) if "." in stem else stem
 
-def streams_in(path: str, look: bool = True) -> set[str]:
-    """Returns which of "audio" and "video" a file holds: by extension or, with `look`, content."""
+def streams_by_name(path: str) -> set[str]:
+    """Returns which of "audio" and "video" a file may hold, by its ending."""
     if path.lower().endswith(SOUND_FILES):
         return {"audio"}
+    return {"video"} if path.lower().endswith(FRAME_FILES) else {"audio", "video"}
+
+def streams_in(path: str) -> set[str]:
+    """Returns which of "audio" and "video" a file holds; none if it cannot be read."""
     if path.lower().endswith(FRAME_FILES):
         return {"video"}
-    if not look:
-        return {"audio", "video"}
     held = set()
     for kind in ("audio", "video"):
         with suppress(InputError), open_stream(path, kind):
@@ -927,51 +968,50 @@ def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> C
     before films, and films with sound before silent ones. What cannot be read serves if there is
     nothing else, since decoding says why. The others are named in `skipped`.
     """
-    parts = [path for path in cut_of if split_name(path)[1]]
-    pictures = [path for path in cut_of if not path.lower().endswith(SOUND_FILES)]
-    look = len(pictures) > 1 or len(parts) > 0      # opening all films would take an hour
-    held = {path: streams_in(path, look) for path in cut_of}
+    if len(cut_of) == 1:                    # is not opened: with two million clips this takes hours
+        path, cut = cut_of.popitem()
+        return clip._replace(cut=cut, **dict.fromkeys(streams_by_name(path), path))
+    held = {path: streams_in(path) for path in cut_of}
 
     def rank(path: str) -> tuple:
-        streams = held[path]
-        source = not streams, not cut_of[path], path in parts
-        return source, "video" in streams, -len(streams), len(path), path
+        stem = os.path.splitext(os.path.basename(path))[0]
+        source = not held[path], not cut_of[path], name_of(path) != stem
+        is_film = not path.lower().endswith(SOUND_FILES)
+        return source, is_film, -len(held[path]), len(path), path
 
     files = {}
     for path in sorted(cut_of, key=rank):
-        for kind in held[path] or ("audio", "video"):
+        for kind in held[path] or streams_by_name(path):
             files.setdefault(kind, path)
-    for path in cut_of:
-        if path not in files.values():
-            skipped.append((path, "not used: other files of this clip come first"))
+    unused = [path for path in cut_of if path not in files.values()]
+    skipped += [(path, "not used: other files of this clip come first") for path in unused]
     cuts = {cut_of[path] for path in files.values()}
     cut = cuts.pop() if len(cuts) == 1 else None
     return clip._replace(**files, cut=cut)
 
-def match_name(path: str) -> tuple[list[str], None]:
-    """Returns the ids that a file may have, its path or its name without the ending."""
-    name = os.path.splitext(path)[0]
-    return [name, os.path.basename(name), split_name(path)[0]], None
-
-def attach_files(clips: list[Clip], root: str | Path, skipped: list | None = None,
-                 match: Callable[[str], tuple[list, bool | None]] = match_name) -> list[Clip]:
+def attach_files(clips: list[Clip], root: str | Path, skipped: list | None,
+                 match: Callable[[str, str], tuple[list, bool | None]]) -> list[Clip]:
     """Gives each clip its media files below `root` and returns the clips that have any.
 
-    match    turns a path below `root` into the ids that it may stand for and the clip's `cut`.
+    match    turns a path below `root` and its name into the ids of its clips and their `cut`.
     skipped  gets (id or path, reason) of clips listed twice or without a file, and of unused files.
     Raises InputError if no clip has a file.
     """
     skipped = [] if skipped is None else skipped
     root = str(Path(root))                      # without a slash at its end
-    for name in {clip.split for clip in clips} - set(MISSING):
-        raise InputError(f"{root}: the lists name a split {name!r}; it must be train or eval")
-    files = {clip.id: [] for clip in clips}
-    media = find_media(root)
-    for path in media:
-        names, cut = match(path[len(root) + 1:])
-        for name in names:
-            if name in files:
+    if {clip.split for clip in clips} - set(MISSING):
+        raise InputError(f"{root}: each clip's split must be train or eval")
+    files, media = {clip.id: [] for clip in clips}, []
+    for path in find_files(root):
+        below = unicodedata.normalize("NFC", path[len(root) + 1:])
+        ids, cut = match(below, name_of(below))
+        known = files.keys() & ids
+        if path.lower().endswith(MEDIA_FILES):
+            media.append(path)
+            for name in known:
                 files[name].append((path, cut))
+        elif known:
+            skipped.append((path, NO_MEDIA))
     found = []
     for clip in clips:
         candidates = files.pop(clip.id, None)
@@ -984,20 +1024,33 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None = Non
     if not found:
         ids = [clip.id for clip in clips[:3]]
         names = [path[len(root) + 1:] for path in media[:3]]
-        raise InputError(f"{root}: none of the {len(clips):,} listed clips has a media file here; "
-                         f"the first ids are {ids}, the first files {names}; they must match")
+        raise InputError(f"{root}: none of the {counted(len(clips), 'listed clip')} has a media "
+                         f"file here; the first ids are {ids}, the first files {names}; they must "
+                         "match")
     return found
+
+def counted(number: int, noun: str) -> str:
+    """Returns "1 clip" or "2,000 clips"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 def coverage(clips: list[Clip], skipped: list) -> str:
     """Says how many of the listed clips of each split have a file."""
     reasons = Counter(reason for _, reason in skipped)
     parts = []
-    for split, name in (("train", "training"), ("eval", "evaluation")):
+    for split, noun in (("train", "training clip"), ("eval", "evaluation clip")):
         found = sum(clip.split == split for clip in clips)
         listed = found + reasons[MISSING[split]]
         share = 100 * found / max(listed, 1)
-        parts.append(f"{found:,} of {listed:,} {name} clips ({share:.1f} %)")
+        parts.append(f"{found:,} of {counted(listed, noun)} ({share:.1f} %)")
     return "found " + " and ".join(parts)
+
+def lone_labels(clips: list[Clip], classes: list[str]) -> list[str]:
+    """Returns the labels that only training or only evaluation clips have, and which of the two."""
+    seen = {"train": set(), "eval": set()}
+    for clip in clips:
+        seen[clip.split].update(clip.labels)
+    lone = [f"{classes[k]} (training)" for k in seen["train"] - seen["eval"]]
+    return sorted(lone + [f"{classes[k]} (evaluation)" for k in seen["eval"] - seen["train"]])
 
 def read_segments(path: Path, split: str, index: dict[str, int]) -> list[Clip]:
     """Reads an AudioSet list with rows `id, start, end, "label,label"`; `index` numbers the labels.
@@ -1005,35 +1058,35 @@ def read_segments(path: Path, split: str, index: dict[str, int]) -> list[Clip]:
     The quotes, spaces and empty cells that spreadsheets add are ignored. Raises InputError.
     """
     clips = []
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            cells = line.replace('"', " ").replace(",", " ").split()
-            if not cells or cells[0] == "#":
-                continue
-            try:
-                name, start, end = cells[0], float(cells[1]), float(cells[2])
-                labels = tuple(sorted({index[label] for label in cells[3:]}))
-                if len(name) != 11 or not labels or not 0 <= start < end < math.inf:
-                    raise ValueError("needs 11 characters of id, labels and 0 <= start < end")
-            except KeyError as error:
-                raise InputError(f"{path}:{number}: unknown label {error}, it is not in "
-                                 "class_labels_indices.csv") from None
-            except (ValueError, IndexError) as error:
-                raise InputError(f"{path}:{number}: expected id, start, end and labels, got "
-                                 f"{line.strip()[:200]!r}: {error}") from None
-            clips.append(Clip(name, labels, split, start=start, end=end))
+    for number, line in enumerate(io.StringIO(read_text(path)), 1):
+        cells = line.replace('"', " ").replace(",", " ").split()
+        if not cells or cells[0] == "#":
+            continue
+        try:
+            name, start, end = cells[0], float(cells[1]), float(cells[2])
+            labels = tuple(sorted({index[label] for label in cells[3:]}))
+            if len(name) != 11 or not labels or not are_times(start, end):
+                raise ValueError("needs 11 characters of id, labels and 0 <= start < end")
+        except KeyError as error:
+            raise InputError(f"{path}:{number}: unknown label {error}, it is not in "
+                             "class_labels_indices.csv") from None
+        except (ValueError, IndexError) as error:
+            raise InputError(f"{path}:{number}: expected id, start, end and labels, got "
+                             f"{line.strip()[:200]!r}: {error}") from None
+        clips.append(Clip(name, labels, split, start=start, end=end))
     return clips
 
 def tells_start(rest: str, start: float) -> bool:
     """Returns whether the start time follows the id in a file's name; then the file is cut.
 
-    Downloaders write `_30.000_40.000`, `_30.0-40.0`, `_30`, or in milliseconds `_30000_40000`.
+    Downloaders write `_30.000_40.000`, `_30.0-40.0`, `_30`, or in milliseconds `_30000_40000`. A
+    rounded start needs an end behind it, since a number alone may be an index.
     """
-    number = rest.lstrip("_-").replace("-", "_").split("_")[0]
-    if not number.replace(".", "", 1).isdecimal():
+    found = re.match(r"[_-]*(\d+\.?\d*)([_-]+\d+\.?\d*)?(?:[_-]|$)", rest)
+    if not found:
         return False
-    told = float(number)
-    return abs(told - start) < 1 or (start > 0 and abs(told / 1000 - start) < 0.01)
+    told, margin = float(found[1]), 1 if found[2] else 0.001
+    return abs(told - start) < margin or (start > 0 and abs(told / 1000 - start) < 0.01)
 
 def read_audioset(root: str | Path, split: str = "balanced",
                   skipped: list | None = None) -> DataSet:
@@ -1042,9 +1095,8 @@ def read_audioset(root: str | Path, split: str = "balanced",
     split  training list: "balanced", "unbalanced" or "all"; the evaluation list is always read.
     A file's name begins with the clip's id, or with Y, v_, id_ or v and the id. Raises InputError.
     """
-    with open(find_list(root, "class_labels_indices.csv"), encoding="utf-8-sig") as file:
-        rows = [row for row in csv.DictReader(file) if row["mid"]]
-    rows.sort(key=lambda row: int(row["index"]))
+    table = read_table(find_list(root, "class_labels_indices.csv"))
+    rows = sorted([row for _, row in table if row["mid"]], key=lambda row: int(row["index"]))
     index = {row["mid"]: i for i, row in enumerate(rows)}
     classes = [row["display_name"].strip() for row in rows]
     clips = []
@@ -1053,8 +1105,7 @@ def read_audioset(root: str | Path, split: str = "balanced",
     clips += read_segments(find_list(root, "*eval_segments.csv"), "eval", index)
     start_of = {clip.id: clip.start for clip in clips}
 
-    def match(path: str) -> tuple[list, bool | None]:
-        stem, _ = split_name(path)
+    def match(path: str, stem: str) -> tuple[list, bool | None]:
         for prefix in ("", "Y", "v_", "id_", "v"):      # "" first: an id may begin with Y or v
             name = stem.removeprefix(prefix)
             if name[:11] in start_of:
@@ -1080,28 +1131,24 @@ def read_ucf101(root: str | Path, fold: int = 1, skipped: list | None = None) ->
     fold  1, 2 or 3. Case is ignored, since UCF-101 itself writes HandstandPushups
     and v_HandStandPushups. Raises InputError.
     """
-    text = find_list(root, "classInd.txt").read_text("utf-8-sig", "replace")
-    names = text.split()[1::2]                          # "1 ApplyEyeMakeup" and so on
+    names = read_text(find_list(root, "classInd.txt")).split()[1::2]    # "1 ApplyEyeMakeup" ...
     known = [name.lower() for name in names]
     classes = sorted(name for name in names if name.lower() in UCF51)
     index = {name.lower(): i for i, name in enumerate(classes)}
     clips = []
     for split, name in (("train", "trainlist"), ("eval", "testlist")):
         path = find_list(root, f"{name}0{fold}.txt")
-        lines = path.read_text("utf-8-sig", "replace").splitlines()
-        for number, line in enumerate(lines, 1):
-            label, _, file = line.strip().partition("/")
-            label = label.lower()
-            if label and label not in known:
-                raise InputError(f"{path}:{number}: unknown label {label!r}, not in classInd.txt")
+        for number, line in enumerate(io.StringIO(read_text(path)), 1):
+            label, _, rest = line.strip().lower().partition("/")
+            if label and (label not in known or len(rest.split()) not in (1, 2)):
+                raise InputError(f"{path}:{number}: expected class/file and perhaps a number, the "
+                                 f"class as in classInd.txt, got {line.strip()!r}")
             if label in index:
-                stem, _ = split_name(file.split()[0])
-                clips.append(Clip(stem, (index[label],), split))
+                clips.append(Clip(name_of(line.split()[0]), (index[label],), split))
     id_of = {clip.id.lower(): clip.id for clip in clips}
 
-    def match(path: str) -> tuple[list, None]:
-        stem, _ = split_name(path)
-        return [id_of.get(stem.lower())], None
+    def match(path: str, name: str) -> tuple[list, None]:
+        return [id_of.get(name.lower())], None
 
     return attach_files(clips, root, skipped, match), classes
 
@@ -1110,10 +1157,11 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
 
     As in the authors' code, a clip is a segment. Its file is either cut, `v_<id>_<k>.*`, or the
     whole video, `v_<id>.*` or `<id>.*`. The classes are in the order of `labels`, or sorted where
-    there is none. Raises InputError.
+    there is none. Segments whose times cannot be are named in `skipped`. Raises InputError.
     """
+    skipped = [] if skipped is None else skipped
     path = find_list(root, "*annotation.json", "activity_net*.json")
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    content = json.loads(read_text(path))
     entries = []
     for key, entry in content["database"].items():
         entries.append((key, entry["subset"], entry))
@@ -1130,6 +1178,9 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
         if note["label"] not in index:
             raise InputError(f"{path}: {name}: unknown label {note['label']!r}, not in `labels`")
         start, end = note.get("segment", (0.0, None))
+        if not are_times(start, end):
+            skipped.append((name, f"not used: {path} has it from {start} to {end} s"))
+            continue
         clips.append(Clip(name, (index[note["label"]],), splits[subset], start=start, end=end))
         if end is None:
             id_of[name.lower()] = name                  # UCF51's files differ in case
@@ -1137,8 +1188,7 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
             id_of[name] = name
             segments[name.rpartition("_")[0]].append(name)
 
-    def match(path: str) -> tuple[list, bool]:
-        stem, _ = split_name(path)
+    def match(path: str, stem: str) -> tuple[list, bool]:
         name = id_of.get(stem) or id_of.get(stem.lower())
         if name or path.lower().endswith(FRAME_FILES):  # frames of a whole video carry no times
             return [name], True
@@ -1149,16 +1199,24 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
 def read_folder(root: str | Path, skipped: list | None = None) -> DataSet:
     """Reads a folder of folders, train/<label>/* and val/<label>/*: one label a clip.
 
-    Files of one name in one folder are one clip. Raises InputError if there is no media file.
+    They lie in `root` or one folder below. Files of one name in one folder are one clip. Raises
+    InputError if there is no val/ or no media file.
     """
     skipped = [] if skipped is None else skipped
+    root = find_list(root, "train").parent
+    if not (root / "val").is_dir():
+        raise InputError(f"{root}: there is train/, but no val/; rename the folder of evaluation "
+                         "clips, such as test/, to val/")
     groups = defaultdict(list)
-    for path in find_media(Path(root, "train")) + find_media(Path(root, "val")):
-        folder = os.path.relpath(os.path.dirname(path), root)
-        if "/" in folder:
-            groups[f"{folder}/{split_name(path)[0]}"].append(path)
-        else:
+    for path in find_files(root / "train") + find_files(root / "val"):
+        below = unicodedata.normalize("NFC", os.path.relpath(path, root))
+        folder = os.path.dirname(below)
+        if "/" not in folder:
             skipped.append((path, f"not used: it lies in {folder}/, not in {folder}/<label>/"))
+        elif path.lower().endswith(MEDIA_FILES):
+            groups[f"{folder}/{name_of(below)}"].append(path)
+        else:
+            skipped.append((path, NO_MEDIA))
     if not groups:
         raise InputError(f"{root}: no media file in train/<label>/ or val/<label>/")
     classes = sorted({name.split("/")[1] for name in groups})
@@ -1173,16 +1231,17 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
     """Reads any other data set: clips.csv with the header `id,split,labels`, labels joined by `;`.
 
     The split is train or eval, and the media files are called `<id>.*`; an id may contain folders.
-    With columns `start` and `end`, in seconds, a clip is that part of its file. Raises InputError.
+    With columns `start` and `end`, in seconds, a clip is that part of its file. Where several rows
+    have one id, each part is a clip called `<id>@<start>-<end>`, as in a@0-2.5. Raises InputError.
     """
     path = find_list(root, "clips.csv")
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    joined = ";".join(row.get("labels") or "" for row in rows)
+    rows = read_table(path)
+    joined = ";".join(row.get("labels", "") for _, row in rows)
     classes = sorted({name.strip() for name in joined.split(";")} - {""})
     index = {name: i for i, name in enumerate(classes)}
-    clips = []
-    for number, row in enumerate(rows, 2):
+    clips, ids_of = [], defaultdict(list)
+    counts = Counter(row.get("id") for _, row in rows)
+    for number, row in rows:
         try:
             names = {name.strip() for name in row["labels"].split(";")} - {""}
             labels = tuple(sorted(index[name] for name in names))
@@ -1190,33 +1249,47 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
             end = float(row["end"]) if row.get("end") else None
             if not row["id"] or not labels or row["split"] not in ("train", "eval"):
                 raise ValueError("needs an id, the split train or eval, and a label")
-        except (KeyError, ValueError, AttributeError) as error:
+            if not are_times(start, end):
+                raise ValueError("needs 0 <= start < end")
+        except (KeyError, ValueError) as error:
             raise InputError(f"{path}:{number}: expected id,split,labels and perhaps start,end, "
                              f"got {list(row.values())}: {error}") from None
-        clips.append(Clip(row["id"], labels, row["split"], start=start, end=end))
-    found = attach_files(clips, root, skipped)
-    return [clip._replace(cut=False) for clip in found], classes
+        name = row["id"]
+        if counts[name] > 1 and (start or end):
+            name += "@" + "-".join(f"{time:.15g}" for time in (start, end) if time is not None)
+        ids_of[row["id"]].append(name)
+        clips.append(Clip(name, labels, row["split"], start=start, end=end))
+
+    def match(path: str, name: str) -> tuple[list, bool]:
+        for key in os.path.splitext(path)[0], os.path.splitext(os.path.basename(path))[0], name:
+            if key in ids_of:
+                return ids_of[key], False
+        return [], False
+
+    return attach_files(clips, root, skipped, match), classes
 
 # To add a data set, write a reader (root, skipped) -> (clips, classes) and name a file that only
 # such a data set has. The first match counts, so put yours on top. RECIPES in 13 sets defaults.
 READERS = {"list": ("clips.csv", read_list),
-           "audioset": ("class_labels_indices.csv", read_audioset),
+           "audioset": ("*eval_segments.csv", read_audioset),
            "ucf101": ("classInd.txt", read_ucf101),
            "release": ("*annotation.json", read_annotations),
            "activitynet": ("activity_net*.json", read_annotations),
-           "folder": ("val", read_folder)}
+           "folder": ("train", read_folder)}
 
 def find_layout(root: str | Path) -> str:
     """Returns "demo" or the key of READERS that fits a folder. Raises InputError if none does."""
     if str(root) == "demo":
         return "demo"
+    if os.path.isfile(root):
+        raise InputError(f"{root}: it is a file; name the folder that it lies in")
     if not os.path.isdir(root):
         raise InputError(f"{root}: there is no such folder")
     for layout, (sign, _) in READERS.items():
-        with suppress(InputError):
-            path = find_list(root, sign)
-            if layout == "release" and '"segment"' in path.read_text(encoding="utf-8-sig"):
-                return "activitynet"                    # the release of its segments
+        found = [*Path(root).glob(sign), *Path(root).glob(f"[!.]*/{sign}")]
+        if layout == "release" and found and b'"segment"' in found[0].read_bytes():
+            return "activitynet"                        # the release of its segments
+        if found:
             return layout
     signs = ", ".join(f"{sign} ({name})" for name, (sign, _) in READERS.items())
     raise InputError(f"{root}: none of {signs} is in it or one folder below")
@@ -1236,7 +1309,8 @@ def read_data(root: str | Path, split: str = "balanced", fold: int = 1,
     except InputError:
         raise
     except (OSError, LookupError, ValueError, TypeError, AttributeError, csv.Error) as error:
-        raise InputError(f"{root}: the {layout} lists cannot be read: {error!r}") from error
+        raise InputError(f"{root}: the {layout} lists cannot be read: "
+                         f"{type(error).__name__}: {error}") from error
     for part in ("train", "eval"):
         if not any(clip.split == part for clip in clips):
             raise InputError(f"{root}: the {part} split is empty; {coverage(clips, skipped)}")
@@ -2197,10 +2271,10 @@ def score_probe(data: Data, teacher: Tensor) -> dict[str, float]:
 # -------------------- 12. Prediction on files --------------------
 def list_files(paths: list[str], kind: str) -> list[str]:
     """Lists the media files named and those in folders, except sound files if video is needed."""
-    files, unfit = [], SOUND_FILES if kind == "video" else ()
+    files, fit = [], MEDIA_FILES if kind == "audio" else FILM_FILES + FRAME_FILES
     for path in paths:
         if os.path.isdir(path):
-            files += [file for file in find_media(path) if not file.lower().endswith(unfit)]
+            files += [file for file in find_files(path) if file.lower().endswith(fit)]
         else:
             files.append(path)
     if not files:
@@ -2240,12 +2314,13 @@ def predict_files(args, saved: dict) -> None:
             continue
         own = scores[row[path]]
         order = own.argsort(descending=True).tolist()
-        others = [k for k in order if os.path.realpath(names[k]) != os.path.realpath(path)]
+        real = os.path.realpath(path) if gallery else None      # no file is its own neighbour
+        others = [k for k in order if os.path.realpath(names[k]) != real]
         for k in others[:5]:
             print(f"  {own[k]:.3f}  {names[k]}")
     bad = sum(path in reasons for path in files)
     if bad:
-        raise InputError(f"{bad} of {len(files)} files could not be used")
+        raise InputError(f"{bad} of {counted(len(files), 'file')} could not be used")
 
 # -------------------- 13. Arguments and main --------------------
 # Defaults that depend on the data set, or on data set and task.
@@ -2471,6 +2546,9 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
     log.info(f"data {args.data}: {len(classes)} classes, {coverage(clips, skipped)}")
     require(clips, STUDENT_KIND[args.task], f"the student of --task {args.task}",
             "choose another --task")
+    lone = lone_labels(clips, classes)
+    if lone:
+        log.warning(f"{counted(len(lone), 'label')} in one split only: {', '.join(lone[:9])}")
     if args.per_class:
         clips = limit_classes(clips, args.per_class, args.seed)
     return clips, classes
