@@ -1465,9 +1465,8 @@ def decode_clip(clip: Clip, views: list[Views], cache: Path) -> tuple[list[str],
             if path is None:
                 raise InputError(f"missing: {clip.id} has no file with {view.kind}")
             status = os.stat(path)
-            depends = [2]                           # raise it when decoding gives other content
-            depends += [view.kind, os.path.abspath(path), status.st_size, status.st_mtime_ns]
-            depends += [clip.start, clip.end, clip.cut]
+            depends = [2, view.kind, os.path.abspath(path), clip.start, clip.end, clip.cut]
+            depends += [status.st_size, status.st_mtime_ns]     # raise the 2 if decoding changes
             if view.kind == "video":
                 depends += [view.fps, view.side]
             name = hashlib.sha1(repr(depends).encode()).hexdigest()
@@ -1477,7 +1476,8 @@ def decode_clip(clip: Clip, views: list[Views], cache: Path) -> tuple[list[str],
             except InputError:
                 content = load_stream(clip, view.kind, view.fps, view.side)
         except (InputError, OSError) as error:
-            if isinstance(error.__cause__, MemoryError):
+            cause = error.__cause__                 # FFmpeg lacks memory in damaged files
+            if isinstance(cause, MemoryError) and not isinstance(cause, av.error.FFmpegError):
                 raise
             if clip.split == "train" or k == 0:
                 return files, str(error)
@@ -1781,7 +1781,7 @@ def load_checkpoint(path: str | Path) -> dict:
         with suppress(ValueError):
             names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         harmless = [(ignored, name) for name in names - {"collections.defaultdict"}]
-        harmless.append((lambda factory: {}, "collections.defaultdict"))
+        harmless.append((lambda _: {}, "collections.defaultdict"))
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True)
         if "student" not in content:
@@ -1938,12 +1938,11 @@ MAY_CHANGE = ("method", "seeds", "out", "cache", "resume", "checkpoint", "predic
               "workers", "device", "compile", "quiet", "max_skipped")
 
 def settings_of(args) -> dict:
-    """Returns the settings that shape a result, with size and time of the teacher's files."""
+    """Returns the settings that shape a result, with size and time of the teacher's file."""
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    files = [args.teacher] if os.path.isfile(args.teacher) else Path(args.teacher).rglob("*.npy")
-    states = [os.stat(file) for file in files]
-    times = [state.st_mtime_ns for state in states]
-    settings["teacher_files"] = [sum(state.st_size for state in states), max(times, default=0)]
+    if os.path.isfile(args.teacher):
+        status = os.stat(args.teacher)
+        settings["teacher_file"] = [status.st_size, status.st_mtime_ns]
     return settings
 
 def refuse_changes(option: str, path: Path, before: dict, now: dict) -> None:
@@ -2320,7 +2319,7 @@ def build_parser() -> Parser:
         help="seed of demo, --per-class and teacher, and the first of --seeds (authors)")
     add("--seeds", type=count, default=1,
         help="number of runs; each takes the next seed for initialisation and order")
-    add("--out", help="run folder, by default runs/<task>-<data>-<method>-s<seed>")
+    add("--out", help="run folder, by default runs/<task>-<data>-<method>-s<seed>, then -2, -3, ...")
     add("--cache", default="runs/cache", help="folder of decoded clips; runs may share it")
     add("--resume", action=flag, default=False, help="continue after the last epoch in --out")
     add("--checkpoint", metavar="FILE", help="checkpoint to evaluate: ours, the authors' or PANNs'")
@@ -2415,17 +2414,15 @@ def choose_folder(args) -> str:
         folders.append(Path(f"{name}-{len(folders) + 1}"))
     signs = ("config.json", "results.json", "teacher.pt", "*/config.json")
     runs = [folder for folder in folders if any(next(folder.glob(sign), "") for sign in signs)]
-    folder, last = folders[-1], []
     resumes = args.resume and not args.checkpoint and runs
-    if resumes:
-        folder = runs[-1]
-        last = sorted(folder.rglob("last.pt"), key=os.path.getmtime)
+    folder = runs[-1] if resumes else folders[-1]
     several = "," in args.method or args.seeds > 1
     mixed = (folder / "results.json").exists() and several == (folder / "last.pt").exists()
     if folder in runs and (mixed or not resumes):
         raise InputError(f"{folder} holds a run; only the same one can --resume there, another "
                          "needs another --out")
     folder.mkdir(parents=True, exist_ok=bool(args.out or resumes))      # one run gets a new one
+    last = sorted(folder.rglob("last.pt"), key=os.path.getmtime) if resumes else []
     if last:
         saved = load_checkpoint(last[-1])
         epochs = args.teacher_epochs if saved["method"] == "teacher" else args.epochs
@@ -2641,11 +2638,12 @@ def explain(error: Exception) -> str:
     """Returns an error as one line with its remedy, or "" if it is a fault of this program."""
     text = str(error).strip() or type(error).__name__
     reason = text.splitlines()[-1].rpartition("InputError: ")[2]    # a loader process adds more
+    shared = ("DataLoader worker", "shared memory", "28] No space left on device")
     if isinstance(error, torch.OutOfMemoryError):
         reason = "the GPU's memory is full; lower --batch-size or --frames"
-    elif "DataLoader worker" in text or "shared memory" in text:
+    elif any(words in text for words in shared) and not getattr(error, "filename", None):
         size = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
-        reason += f"; /dev/shm has {size / 1e6:,.0f} MB, --workers 0 needs none and less memory"
+        reason += f"; --workers 0 needs less memory and no /dev/shm, which has {size / 1e6:,.0f} MB"
     elif isinstance(error, MemoryError) or "llocate memory" in text or "Unable to allocate" in text:
         reason += "; the memory is full: lower --workers, --batch-size or --frames"
     elif isinstance(error, RuntimeError):
