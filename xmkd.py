@@ -2143,6 +2143,8 @@ def given_teacher(args, clips: list[Clip], out: Path) -> Teacher | None:
     if STUDENT_KIND[before["task"]] != STUDENT_KIND[args.task]:
         names.append("task")
     refuse_changes("--teacher", path, before, {name: vars(args)[name] for name in names})
+    if not any(clip.id in rows for clip in clips):
+        raise InputError(f"--teacher: {path} is of other clips than --data {args.data}")
     return rows, {"kind": kind, "metrics": {}}      # its evaluation clips may have been others
 
 def embed_clips(args, data: Data, network: nn.Module | None, out: Path) -> Teacher:
@@ -2319,7 +2321,7 @@ def build_parser() -> Parser:
         help="seed of demo, --per-class and teacher, and the first of --seeds (authors)")
     add("--seeds", type=count, default=1,
         help="number of runs; each takes the next seed for initialisation and order")
-    add("--out", help="run folder, by default runs/<task>-<data>-<method>-s<seed>, then -2, -3, ...")
+    add("--out", help="run folder, by default runs/<task>-<data>-<method>-s<seed>, then -2, ...")
     add("--cache", default="runs/cache", help="folder of decoded clips; runs may share it")
     add("--resume", action=flag, default=False, help="continue after the last epoch in --out")
     add("--checkpoint", metavar="FILE", help="checkpoint to evaluate: ours, the authors' or PANNs'")
@@ -2419,8 +2421,8 @@ def choose_folder(args) -> str:
     several = "," in args.method or args.seeds > 1
     mixed = (folder / "results.json").exists() and several == (folder / "last.pt").exists()
     if folder in runs and (mixed or not resumes):
-        raise InputError(f"{folder} holds a run; only the same one can --resume there, another "
-                         "needs another --out")
+        raise InputError(f"{folder} holds a run; --resume continues the same one, for another give "
+                         "another --out")
     folder.mkdir(parents=True, exist_ok=bool(args.out or resumes))      # one run gets a new one
     last = sorted(folder.rglob("last.pt"), key=os.path.getmtime) if resumes else []
     if last:
@@ -2636,15 +2638,16 @@ def evaluate_checkpoint(args, saved: dict) -> None:
 
 def explain(error: Exception) -> str:
     """Returns an error as one line with its remedy, or "" if it is a fault of this program."""
-    text = str(error).strip() or type(error).__name__
-    reason = text.splitlines()[-1].rpartition("InputError: ")[2]    # a loader process adds more
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[-1].rstrip(".").rpartition("InputError: ")[2]    # a loader process adds more
     shared = ("DataLoader worker", "shared memory", "28] No space left on device")
+    full = ("MemoryError", "allocate memory", "Unable to allocate")
     if isinstance(error, torch.OutOfMemoryError):
         reason = "the GPU's memory is full; lower --batch-size or --frames"
-    elif any(words in text for words in shared) and not getattr(error, "filename", None):
+    elif any(words in reason for words in shared) and not getattr(error, "filename", None):
         size = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
         reason += f"; --workers 0 needs less memory and no /dev/shm, which has {size / 1e6:,.0f} MB"
-    elif isinstance(error, MemoryError) or "llocate memory" in text or "Unable to allocate" in text:
+    elif any(words in reason for words in full):
         reason += "; the memory is full: lower --workers, --batch-size or --frames"
     elif isinstance(error, RuntimeError):
         return ""
