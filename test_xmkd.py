@@ -517,20 +517,36 @@ def test_windows_are_the_authors():
 def test_a_clip_is_decoded_once_and_again_when_its_file_changes(tmp_path, demo):
     path = shutil.copy(demo / "0000.avi", tmp_path)
     clip = xmkd.Clip("a", (0,), "train", path, path, cut=True)
-    views = xmkd.Views("video", fps=1.0, side=40)
-    file = Path(xmkd.decode_clip(clip, views, tmp_path))
+
+    def decode(side=40):
+        (file,), _ = xmkd.decode_clip(clip, [xmkd.Views("video", fps=1.0, side=side)], tmp_path)
+        return Path(file), Path(file).read_bytes()
+
+    file, content = decode()
     written = file.stat().st_mtime_ns
-    assert xmkd.decode_clip(clip, views, tmp_path) == str(file)
-    assert file.stat().st_mtime_ns == written
-    assert xmkd.decode_clip(clip, views._replace(side=32), tmp_path) != str(file)
+    assert (decode(), file.stat().st_mtime_ns) == ((file, content), written)
+    for damaged in b"", content[:-1], content[:900], 900 * b"x":
+        file.write_bytes(damaged)
+        assert decode() == (file, content)
+    torch.save(torch.zeros(9), file)                    # another kind of content
+    assert decode() == (file, content)
+    assert decode(side=32)[0] != file
     os.utime(path, (1, 1))
-    assert xmkd.decode_clip(clip, views, tmp_path) != str(file)
+    assert decode()[0] != file
+
+@pytest.mark.parametrize("owner, error", [("torch.save", OSError(28, "No space left on device")),
+                                          ("xmkd.to_mono", MemoryError("Unable to allocate"))])
+def test_a_fault_of_the_machine_is_not_a_clips(tmp_path, demo, monkeypatch, owner, error):
+    monkeypatch.setattr(owner, MagicMock(side_effect=error))
+    clip = xmkd.Clip("a", (0,), "eval", str(demo / "0000.avi"), str(demo / "0000.avi"), cut=True)
+    with pytest.raises(xmkd.InputError, match=error.args[-1]):
+        xmkd.decode_clip(clip, [xmkd.Views("audio")], tmp_path)
 
 def read_windows(path, cache, kind, mode, epoch=1, seed=3, strong=False):
     """Returns the windows of a clip, which is the last of four."""
     clip = xmkd.Clip("a", (0,), "train", str(path), str(path), cut=True)
     views = xmkd.Views(kind, 2, 4.0, size=32, seconds=0.6, side=40, strong=strong)
-    file = xmkd.decode_clip(clip, views, cache)
+    (file,), _ = xmkd.decode_clip(clip, [views], cache)
     data = xmkd.Data(4 * [clip], ["dog"], False, [2, 3], [], views, 4 * [file])
     dataset = xmkd.ClipViews(data, data.train, mode, seed)
     dataset.epoch.fill_(epoch)
@@ -600,6 +616,15 @@ def test_retrieval_worked_by_hand():
     found = xmkd.retrieval_metrics(torch.ones(1, 2), torch.ones(3, 2), [1], [1, 0, 1], ks=(1, 2))
     close(list(found.values()), [0, 1, 7 / 12, 7 / 12])
 
+@pytest.mark.parametrize("metric, labels", [
+    (xmkd.mean_average_precision, TAGS[:, :2]), (xmkd.mean_auc, TAGS[:, :2]),
+    (xmkd.topk_accuracy, CLASSES), (xmkd.score, CLASSES),
+    (lambda odd, labels: xmkd.retrieval_metrics(odd.nan_to_num(), odd, labels, labels), CLASSES)])
+def test_what_is_not_a_number_has_no_rank(metric, labels):
+    odd = torch.tensor([[math.nan, 0.4], [0.8, 0.2], [0.9, 0.1], [0.7, 0.3]])
+    with pytest.raises(ValueError, match="NaN"):
+        metric(odd, labels)
+
 @needs_testdata
 @pytest.mark.parametrize("kind", ["", "weak_"])
 def test_retrieval_agrees_with_the_authors(kind):
@@ -634,7 +659,7 @@ def write_authors_file(path, prefix):
     torch.save(content, path)
     return student, noise_filter
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 def test_the_authors_checkpoints_load(tmp_path, prefix):
     student, noise_filter = write_authors_file(tmp_path / "a.pth", prefix)
     saved = xmkd.load_checkpoint(tmp_path / "a.pth")
@@ -652,11 +677,18 @@ def test_the_authors_checkpoints_load(tmp_path, prefix):
 def test_panns_checkpoints_load(tmp_path, stages, dim):
     state = xmkd.AudioNet(527, 2, stages, dim).state_dict()
     state["logmel_extractor.melW"] = torch.zeros(513, 64)
-    torch.save({"iteration": 1, "model": state}, tmp_path / "Cnn.pth")
+    sampler = {"random_state": np.random.RandomState(1).get_state()}
+    torch.save({"iteration": 1, "model": state, "sampler": sampler}, tmp_path / "Cnn.pth")
     saved = xmkd.load_checkpoint(tmp_path / "Cnn.pth")
     assert saved["network"] == {"kind": "audio", "num_classes": 527, "dim": dim, "width": 2,
                                 "stages": stages}
     xmkd.restore(saved, "cpu")
+    state["fc_audioset.bias"] = torch.zeros(9)
+    torch.save({"model": state}, tmp_path / "odd.pth")
+    (tmp_path / "text.pth").write_text("id,split,labels")
+    for name, reason in ("odd", "size mismatch for fc_audioset.bias"), ("text", "has not written"):
+        with pytest.raises(xmkd.InputError, match=f"{name}.pth .*{reason}"):
+            xmkd.load_checkpoint(tmp_path / f"{name}.pth")
 
 class Evil:
     def __reduce__(self):
@@ -736,11 +768,39 @@ def trained(demo):
     assert xmkd.main(command(demo, out)) == 0
     return out
 
-def test_resume_refuses_changed_settings_by_name(trained, demo, capsys):
-    for change, name in ("--lr=1e-4", "lr"), ("--seed=4", "seed"), ("--method=csc", "method"):
-        assert xmkd.main(command(demo, trained, "--resume", change)) == 2
-        assert f"--resume: {name} was" in capsys.readouterr().err
+def test_what_other_settings_have_made_is_refused_by_name(tmp_path, trained, demo, capsys):
+    stopped = tmp_path / "stopped"                      # before the first last.pt
+    stopped.mkdir()
+    shutil.copy(trained / "teacher.pt", stopped)
+    new = [tmp_path / "new", "--teacher", trained / "teacher.pt"]
+    for out, change, name in [
+            ([trained, "--resume"], "--lr=1e-4", "--resume: lr"),
+            ([trained, "--resume"], "--seed=4", "--resume: seed"),
+            ([trained, "--resume"], "--method=csc", "--resume: method"),
+            ([stopped, "--resume"], "--teacher-epochs=2", "--resume: teacher_epochs"),
+            ([stopped, "--resume"], "--seconds=0.8", "--resume: seconds"),
+            (new, "--per-class=1", "--teacher: per_class"),
+            (new, "--task=audio_tagging", "--teacher: task")]:
+        assert xmkd.main(command(demo, *out, change)) == 2
+        assert f"error: {name} was" in capsys.readouterr().err
     assert xmkd.main(command(demo, trained, "--resume")) == 0
+
+def test_what_a_run_has_written_is_never_lost(tmp_path, demo, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = command(demo, "runs", "--method", "student")
+    options = [word for word in options if word not in ("--out", "runs")]
+    run = Path("runs/action_recognition-demo-student-s3")
+    for name, more in ("", []), ("-2", []), ("-f2", ["--fold", "2"]), ("-3", ["--width", "3"]):
+        assert xmkd.main(options + more) == 0
+        assert (run.parent / f"{run.name}{name}/results.json").exists()
+    assert f"{run}-2 is kept; this run goes to {run}-3\n" in capsys.readouterr().out
+    assert xmkd.main(options + ["--width", "3", "--resume"]) == 0       # the last of the three
+    assert capsys.readouterr().out.startswith(f"continuing after epoch 1 of 1 in {run}-3\n")
+    for more in [], ["--seeds", "2", "--resume"], ["--checkpoint", f"{run}/last.pt", "--resume"]:
+        assert xmkd.main(options + ["--out", str(run)] + more) == 2
+        assert re.fullmatch("error: .*holds a run.*--resume.*--out\n", capsys.readouterr().err)
+    assert xmkd.main(options + ["--out", "new", "--resume"]) == 0
+    assert capsys.readouterr().out.startswith("nothing to resume in new; starting\n")
 
 def test_a_loss_that_is_not_finite_names_step_and_clips(tmp_path, demo, monkeypatch, capsys):
     monkeypatch.setattr(xmkd, "train_step", lambda *_, **more: {"cls": torch.tensor(math.nan)})
@@ -814,12 +874,13 @@ def test_a_checkpoint_scores_like_its_run_and_refuses_other_data(tmp_path, train
     assert xmkd.main(options) == 0                      # with the data and views of its run
     assert results_in(tmp_path)["metrics"] == pytest.approx(results_in(trained)["metrics"])
     write_authors_file(tmp_path / "a.pth", "module.")
-    assert xmkd.main(command(demo, tmp_path, "--checkpoint", tmp_path / "a.pth")) == 2
+    assert xmkd.main(command(demo, tmp_path / "b", "--checkpoint", tmp_path / "a.pth")) == 2
     assert "has 5 classes" in capsys.readouterr().err
 
 @pytest.mark.parametrize("options, message", [
     ("--data nowhere", "nowhere: there is no"), ("--lr nan", "nan is not a number from 0 to 10"),
     ("--methods csc", "unrecognized arguments"), ("--method csc,csc", "each once"),
+    ("--device gpu", "gpu: choose cpu, cuda"),
     ("--device cuda:99", "cuda:99 cannot be used"), ("--predict a.mp4", "needs --checkpoint"),
     ("--checkpoint a.pt", "a.pt .*usable checkpoint"), ("--teacher nowhere", "nowhere is not auto"),
     ("--amp --device cpu", "--amp is for GPUs"), ("", "RANK or WORLD_SIZE in the environment")])
@@ -840,7 +901,7 @@ def test_unreadable_clips_are_skipped_with_a_reason_up_to_a_share(tmp_path, demo
     assert xmkd.main(command(folder, out, "--method", "student")) == 0
     rows = (out / "skipped.csv").read_text().splitlines()
     assert [row.split(",")[0] for row in rows] == ["path", "0000", "0001", "0050"]
-    assert xmkd.main(command(folder, out, "--method", "student", "--max-skipped", 0.04)) == 2
+    assert xmkd.main(command(folder, out / "b", "--method", "student", "--max-skipped", 0.04)) == 2
     assert "3 of 60 clips are unreadable" in capsys.readouterr().err
 
 # -------------------- The file itself --------------------

@@ -42,6 +42,8 @@ import logging
 import math
 import os
 import re
+import shutil
+import signal
 import statistics
 import sys
 import time
@@ -1521,58 +1523,67 @@ def unpack_frames(jpegs: Sequence[Tensor], count: int) -> Tensor:
     loops = math.ceil(count / len(frames))
     return torch.from_numpy(np.stack((loops * frames)[:count])).permute(0, 3, 1, 2)
 
-def decode_clip(clip: Clip, views: Views, cache: Path) -> str:
-    """Decodes one stream of a clip into the cache, unless it is there; returns the path.
+def read_cached(file: str | Path, kind: str) -> Sequence[Tensor]:
+    """Maps a cached stream into memory: int16 samples (n,), or the JPEG of each frame.
 
-    The file's name is a hash of all that its content depends on. Sound is kept as int16 samples,
-    video as JPEGs. Raises InputError or OSError if the clip cannot be used.
+    Raises InputError if the file is not there, damaged or holds anything else.
     """
-    path = getattr(clip, views.kind)
-    if path is None:
-        raise InputError(f"missing: {clip.id} has no file with {views.kind}")
-    status = os.stat(path)
-    depends = [views.kind, os.path.abspath(path), status.st_size, status.st_mtime_ns]
-    depends += [clip.start, clip.end, clip.cut]
-    if views.kind == "video":
-        depends += [views.fps, views.side]
-    name = hashlib.sha1(repr(depends).encode()).hexdigest()
-    file = cache / name[:2] / f"{name}.pt"
-    if not file.exists():
-        content = load_stream(clip, views.kind, views.fps, views.side)
-        if views.kind == "video":
-            save(file, pack_frames(content))
-        else:
-            save(file, (content.clamp(-1, 1) * 32767).round().short())
-    return str(file)
+    try:
+        stream = torch.load(file, mmap=True, weights_only=True)
+        if kind == "video":
+            stream = stream["jpegs"].split(stream["sizes"])
+        if stream[0].dtype != {"audio": torch.int16, "video": torch.uint8}[kind]:
+            raise ValueError(f"it holds no {kind}")
+        return stream
+    except Exception as error:                      # the loader raises a dozen kinds
+        raise InputError(f"{file}: it is damaged; the next start decodes the clip again") from error
 
-def decode_clips(clips: list[Clip], views: list[Views],
-                 cache: Path) -> list[tuple[list[str], str]]:
-    """Decodes clips; returns for each its cache files and the reason it cannot be used, or "".
+def decode_clip(clip: Clip, views: list[Views], cache: Path) -> tuple[list[str], str]:
+    """Decodes a clip's streams into the cache, unless they are there and whole.
 
     views  the student's and perhaps the teacher's; evaluation clips may lack the latter's modality
+    Returns the cache files and the reason why the clip cannot be used, or "". A file's name is a
+    hash of all that its content depends on. Sound is kept as int16 samples, video as JPEGs.
+    Raises InputError if memory or the cache's disk is full, which is not the clip's fault.
     """
-    results = []
-    for clip in clips:
-        files, reason = [""] * len(views), ""
+    files = [""] * len(views)
+    for k, view in enumerate(views):
+        path, content = getattr(clip, view.kind), None
         try:
-            for k, view in enumerate(views):
-                files[k] = decode_clip(clip, view, cache)
+            if path is None:
+                raise InputError(f"missing: {clip.id} has no file with {view.kind}")
+            status = os.stat(path)
+            depends = [2, view.kind, os.path.abspath(path), clip.start, clip.end, clip.cut]
+            depends += [status.st_size, status.st_mtime_ns]     # raise the 2 if decoding changes
+            if view.kind == "video":
+                depends += [view.fps, view.side]
+            name = hashlib.sha1(repr(depends).encode()).hexdigest()
+            file = cache / name[:2] / f"{name}.pt"
+            try:
+                read_cached(file, view.kind)
+            except InputError:
+                content = load_stream(clip, view.kind, view.fps, view.side)
         except (InputError, OSError) as error:
-            if clip.split == "train" or not files[0]:
-                reason = str(error)
-        results.append((files, reason))
-    return results
+            cause = error.__cause__                 # FFmpeg lacks memory in damaged files
+            if isinstance(cause, MemoryError) and not isinstance(cause, av.error.FFmpegError):
+                raise
+            if clip.split == "train" or k == 0:
+                return files, str(error)
+            continue
+        if content is not None and view.kind == "video":
+            save(file, pack_frames(content))
+        elif content is not None:
+            save(file, (content.clamp(-1, 1) * 32767).round().short())
+        files[k] = str(file)
+    return files, ""
 
 def decode_all(clips: list[Clip], views: list[Views], cache: Path,
                workers: int) -> list[tuple[list[str], str]]:
-    """Does what `decode_clips` does, in a loader's workers and shared among the processes."""
+    """Does `decode_clip` for all clips, in a loader's workers and shared among the processes."""
     rank, world = process()
-    loader = DataLoader(clips[rank::world], batch_size=8, num_workers=workers,
-                        collate_fn=partial(decode_clips, views=views, cache=cache))
-    done = []
-    for results in progress(loader, "decoding"):
-        done += results
-    return join_shares(done)
+    loader = DataLoader(clips[rank::world], batch_size=None, num_workers=workers,
+                        collate_fn=partial(decode_clip, views=views, cache=cache))
+    return join_shares(list(progress(loader, "decoding")))
 
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
     """Returns the indices of up to `count` evenly spread windows of n frames (authors).
@@ -1599,13 +1610,13 @@ class ClipViews(Dataset):
     mode "val"    gives three even windows of video (authors, while training)
     mode "test"   gives consecutive windows (authors, final test)
     For sound, both give even windows that cover the clip and overlap where they must (ours).
-    Clips that are shorter than a window are looped. `epoch` is shared with the loader's processes.
+    Clips that are shorter than a window are looped.
     """
     def __init__(self, data: Data, indices: list[int], mode: str, seed: int = 0,
                  teacher: Tensor | None = None):
         self.data, self.indices, self.mode, self.seed = data, indices, mode, seed
         self.teacher = torch.zeros(len(data.clips), 0) if teacher is None else teacher
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.epoch = torch.zeros((), dtype=torch.int64)
         views, steps = data.views, []
         if views.strong:
             steps += [v2.Grayscale(3), v2.RandomAutocontrast(p=1.0)]
@@ -1639,9 +1650,7 @@ class ClipViews(Dataset):
     def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
         i, windows = self.indices[n], []
         is_video, length = self.data.views.kind == "video", self.data.views.length
-        stream = torch.load(self.data.files[i], mmap=True, weights_only=True)
-        if is_video:
-            stream = stream["jpegs"].split(stream["sizes"])
+        stream = read_cached(self.data.files[i], self.data.views.kind)
         with torch.random.fork_rng(devices=[]):     # workers do not change what is drawn
             epoch_seed = 1_000_003 * self.seed + int(self.epoch)
             torch.default_generator.manual_seed(1_000_003 * epoch_seed + i)
@@ -1658,7 +1667,11 @@ def join_clips(items: list) -> tuple[Sequence[int], Tensor, list[int], Tensor, T
     """Joins items of `ClipViews`: indices, windows, windows per clip, labels, embeddings."""
     indices, windows, labels, teacher = zip(*items)
     counts = [len(part) for part in windows]
-    return indices, torch.cat(windows), counts, torch.stack(labels), torch.stack(teacher)
+    joined = torch.cat(windows), torch.stack(labels), torch.stack(teacher)
+    if torch.utils.data.get_worker_info() is not None:
+        for tensor in joined:
+            tensor.share_memory_()      # else the queue would lose the error if there is no room
+    return indices, joined[0], counts, *joined[1:]
 
 class Data(NamedTuple):
     """Holds a decoded data set as the student, or the teacher, sees it."""
@@ -1688,6 +1701,8 @@ class Data(NamedTuple):
         """
         rank, world = process()
         dataset, sampler = ClipViews(self, indices, mode, seed, teacher), None
+        if workers > 0:
+            dataset.epoch.share_memory_()
         if mode == "train":
             sampler = DistributedSampler(dataset, world, rank, seed=seed, drop_last=True)
         return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers,
@@ -1697,9 +1712,16 @@ class Data(NamedTuple):
                           drop_last=mode == "train" and len(indices) >= batch_size * world)
 
 # -------------------- 8. Metrics (between 0 and 1, except d') --------------------
+def check_scores(scores: Tensor) -> Tensor:
+    """Returns scores as a tensor. Raises InputError if one is NaN, which would rank highest."""
+    scores = torch.as_tensor(scores)
+    if scores.isnan().any():
+        raise InputError("scores or embeddings hold NaN (not a number), so they cannot be ranked")
+    return scores
+
 def by_class(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields, for each class with a positive, the sorted scores of positives and of negatives."""
-    columns = torch.as_tensor(scores).numpy(force=True).T
+    columns = check_scores(scores).numpy(force=True).T
     positive = torch.as_tensor(labels).numpy(force=True).T > 0
     for column, own in zip(columns, positive, strict=True):
         if own.any():
@@ -1735,7 +1757,7 @@ def mean_auc(scores: Tensor, labels: Tensor) -> float:
 
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     """Returns the share of clips whose label (N,) is among the k highest of their scores (N, C)."""
-    scores = torch.as_tensor(scores)
+    scores = check_scores(scores)
     best = scores.topk(min(k, scores.shape[1]), dim=1).indices
     return (best == torch.as_tensor(labels)[:, None]).any(1).double().mean().item()
 
@@ -1755,7 +1777,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
     known = torch.as_tensor(gallery_labels).numpy(force=True)
     first, precisions, released = [], [], []
     for block, labels in zip(queries.split(256), wanted.split(256), strict=True):
-        distances = -cosine_matrix(block, gallery).numpy(force=True)
+        distances = -check_scores(cosine_matrix(block, gallery)).numpy(force=True)
         for row, label in zip(distances, labels.tolist(), strict=True):
             own = known == label
             hits, misses = np.sort(row[own]), np.sort(row[~own])
@@ -1808,16 +1830,17 @@ def save(path: Path, content: object) -> None:
 
     The file is written beside its place and renamed. Raises InputError if the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".pt":
             torch.save(content, part)
         else:
             part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch.save: a RuntimeError if it is full
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise InputError(f"{path} cannot be written; is the disk full? ({error})") from error
 
 def network_arguments(state: dict[str, Tensor]) -> dict:
@@ -1827,18 +1850,21 @@ def network_arguments(state: dict[str, Tensor]) -> dict:
         dim = len(state.get("fc1.weight", [])) or None
         return {"kind": "audio", "num_classes": len(state["fc_audioset.weight"]), "dim": dim,
                 "width": len(state["conv_block1.conv1.weight"]), "stages": stages}
-    blocks = Counter(name[:5] for name in state if name.endswith(".bn1.weight"))    # conv2 to conv5
+    firsts = [name for name in state if name.endswith(".conv1.temporal_conv.weight")]
+    blocks = Counter(name[:5] for name in firsts)               # of conv2 to conv5
     return {"kind": "video", "num_classes": len(state["cls.weight"]),
             "blocks": list(blocks.values()), "width": len(state["conv1.temporal_conv.weight"])}
 
 def strip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Removes the prefixes of DataParallel and torch.compile, and PANNs' own log-mel layers."""
+    """Removes the prefixes of DDP, FSDP, torch.compile and averaging, and PANNs' log-mel layers."""
+    prefixes = {"module", "_orig_mod", "_fsdp_wrapped_module", "ema_model", "model"}
     stripped = {}
     for name, value in state.items():
         if name.endswith("extractor.melW") and len(value) != 513:
             raise ValueError("its log-mel is made for a sample rate other than 32 kHz")
-        if "_extractor." not in name:
-            stripped[name.removeprefix("module.").removeprefix("_orig_mod.")] = value
+        short = ".".join(part for part in name.split(".") if part not in prefixes)
+        if "_extractor." not in name and name != "n_averaged":
+            stripped[short] = value
     return stripped
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -1846,13 +1872,22 @@ def load_checkpoint(path: str | Path) -> dict:
 
     Keys: student and filter (state dicts; the filter's may be empty), network (arguments of
     `make_network`), classes (names, or None), task (or None), method, seed, epoch and settings.
-    Raises InputError if the file is none of these or holds weights that are not finite.
+    Raises InputError if the file is none of these or its weights do not fit or are not finite.
     """
-    # The authors' files hold a scheduler, and with it an optimizer and its defaultdict.
-    harmless = [torch.optim.lr_scheduler.MultiStepLR, torch.optim.lr_scheduler.ReduceLROnPlateau,
-                torch.optim.Adam, torch.optim.SGD, Counter, dict,
-                (lambda factory: {}, "collections.defaultdict")]
+    # An empty list stands for each object that is not needed, as the authors' scheduler and PANNs'
+    # sampler, whose old format does not tell the names in it.
+    nothing = {"__init__": lambda *_: None, "__setstate__": lambda *_: None}
+    ignored = type("Ignored", (list,), nothing)
+    names = {"numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
+             "numpy.core.multiarray.scalar", "_codecs.encode"}
     try:
+        with open(path, "rb") as file:
+            if file.read(1) not in (b"P", b"\x80"):         # of torch.save's two formats
+                raise ValueError("torch.save has not written it; is it a page or a text?")
+        with suppress(ValueError):
+            names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        harmless = [(ignored, name) for name in names - {"collections.defaultdict"}]
+        harmless.append((lambda _: {}, "collections.defaultdict"))
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True)
         if "student" not in content:
@@ -1862,12 +1897,17 @@ def load_checkpoint(path: str | Path) -> dict:
                        "network": network_arguments(student), "seed": 0, "settings": {},
                        "method": "xmkd" if noise_filter else "student",
                        "epoch": content.get("epoch", 0)}
+        with torch.device("meta"):                          # names and shapes without memory
+            network = make_network(**content["network"])
+        network.load_state_dict(dict(content["student"]), assign=True)  # notes `assign` in a copy
         for name, value in content["student"].items():
             if not value.isfinite().all():
                 raise ValueError(f"{name} holds numbers that are infinite or NaN")
         return content
     except Exception as error:                      # the loader raises a dozen kinds
         reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
+        if isinstance(error, KeyError):
+            reason = f"it lacks {reason}"
         raise InputError(f"{path} is not a usable checkpoint of this program, the authors or PANNs "
                          f"({reason[:200]})") from error
 
@@ -2033,23 +2073,20 @@ def train_epoch(args, loader: DataLoader, student: nn.Module, noise_filter: nn.M
 MAY_CHANGE = ("method", "seeds", "out", "cache", "resume", "checkpoint", "predict", "gallery",
               "workers", "device", "compile", "quiet", "max_skipped")
 
-def resume_from(args, out: Path, about: dict) -> dict:
-    """Returns the content of last.pt if --resume asks for it, else {} and removes an older run.
+def settings_of(args) -> dict:
+    """Returns the settings that shape a result, with size and time of the teacher's file."""
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    if os.path.isfile(args.teacher):
+        status = os.stat(args.teacher)
+        settings["teacher_file"] = [status.st_size, status.st_mtime_ns]
+    return settings
 
-    Raises InputError that names what has changed since.
-    """
-    path = out / "last.pt"
-    if not (args.resume and path.exists()):
-        for name in ("last.pt", "best.pt", "log.jsonl", "results.json"):
-            (out / name).unlink(missing_ok=True)
-        return {}
-    saved = load_checkpoint(path)
-    for before, now in (saved, about), (saved["settings"], about["settings"]):  # both have a seed
-        for name, value in now.items():
-            if name not in ("settings", "versions") and before.get(name) != value:
-                raise InputError(f"--resume: {name} was {before.get(name)} in {path} and is now "
-                                 f"{value}; keep it or give another --out")
-    return saved
+def refuse_changes(option: str, path: Path, before: dict, now: dict) -> None:
+    """Raises InputError that names what is no longer as it was when `path` was written."""
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise InputError(f"{option}: {name} was {before.get(name)} in {path} and is now {value}"
+                             f"; keep it or give another {option.replace('resume', 'out')}")
 
 def log_epoch(name: str, row: dict[str, float], metrics: dict[str, float]) -> None:
     """Logs the two first metrics, the losses and the time in at most 100 columns."""
@@ -2070,17 +2107,20 @@ def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: P
     rank, world = process()
     give_back_memory()
     student, noise_filter, optimizer = build(args, data, method, seed, teacher)
-    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
     about = {"method": method, "seed": seed, "task": args.task, "classes": data.classes,
-             "network": network_arguments(student.state_dict()), "settings": settings,
+             "network": network_arguments(student.state_dict()), "settings": settings_of(args),
              "versions": {"torch": str(torch.__version__), "av": av.__version__}}
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.75 * epochs)])   # authors
     modules = {"student": student, "filter": noise_filter or nn.Identity(),
                "optimizer": optimizer, "schedule": schedule}
     history, best = [], -1.0
     begun = time.time()
-    saved = resume_from(args, out, about)
-    if saved:
+    last = out / "last.pt"
+    if args.resume and last.exists():
+        saved = load_checkpoint(last)
+        refuse_changes("--resume", last, saved["settings"], about["settings"])
+        same = {name: about[name] for name in ("task", "method", "seed", "classes", "network")}
+        refuse_changes("--resume", last, saved, same)
         history, best = saved["history"], saved["best"]
         begun -= history[-1]["seconds"]
         for name, module in modules.items():
@@ -2221,17 +2261,17 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
 def given_teacher(args, clips: list[Clip], out: Path) -> Teacher | None:
     """Returns the embeddings of a folder, another run's teacher.pt or, on --resume, this run's.
 
-    Returns None if a network has to embed the clips.
+    Returns None if a network has to embed the clips. Raises InputError if the settings were others.
     """
     path = Path(args.teacher)
     resumed = args.resume and (out / "teacher.pt").exists()
     released = find_layout(args.data) in ("release", "activitynet")
-    if released and args.teacher == "auto" and any(Path(args.data).rglob("*.npy")):
+    if resumed:
+        path = out / "teacher.pt"
+    elif released and args.teacher == "auto" and any(Path(args.data).rglob("*.npy")):
         path = Path(args.data)                      # the authors publish them with their lists
     if path.is_dir():
         return read_features(path, clips), {"kind": f"embeddings in {path}", "metrics": {}}
-    if resumed:
-        path = out / "teacher.pt"
     if path.name != "teacher.pt":
         return None
     try:
@@ -2239,8 +2279,19 @@ def given_teacher(args, clips: list[Clip], out: Path) -> Teacher | None:
         rows, kind = dict(zip(saved["ids"], saved["embeddings"])), saved["kind"]
     except Exception as error:                      # the loader raises a dozen kinds
         raise InputError(f"{path} is not a run's teacher.pt") from error
-    metrics = saved["metrics"] if resumed else {}   # another run may have other evaluation clips
-    return rows, {"kind": kind, "metrics": metrics}
+    if resumed:
+        refuse_changes("--resume", path, saved.get("settings", {}), settings_of(args))
+        return rows, {"kind": kind, "metrics": saved["metrics"]}
+    names = ["data", "split", "fold", "per_class", "noise", "mismatch"]     # of the same clips
+    if args.data == "demo" or args.per_class:
+        names.append("seed")
+    before = saved.get("settings", vars(args))      # those of older versions hold none
+    if STUDENT_KIND[before["task"]] != STUDENT_KIND[args.task]:
+        names.append("task")
+    refuse_changes("--teacher", path, before, {name: vars(args)[name] for name in names})
+    if not any(clip.id in rows for clip in clips):
+        raise InputError(f"--teacher: {path} is of other clips than --data {args.data}")
+    return rows, {"kind": kind, "metrics": {}}      # its evaluation clips may have been others
 
 def embed_clips(args, data: Data, network: nn.Module | None, out: Path) -> Teacher:
     """Embeds the clips of `data`, which holds them as the teacher sees them.
@@ -2420,7 +2471,7 @@ def build_parser() -> Parser:
         help="seed of demo, --per-class and teacher, and the first of --seeds (authors)")
     add("--seeds", type=count, default=1,
         help="number of runs; each takes the next seed for initialisation and order")
-    add("--out", help="run folder, by default runs/<task>-<data>-<method>-s<seed>")
+    add("--out", help="run folder, by default runs/<task>-<data>-<method>-s<seed>, then -2, ...")
     add("--cache", default="runs/cache", help="folder of decoded clips; runs may share it")
     add("--resume", action=flag, default=False, help="continue after the last epoch in --out")
     add("--checkpoint", metavar="FILE", help="checkpoint to evaluate: ours, the authors' or PANNs'")
@@ -2443,7 +2494,8 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     parser = build_parser()
     args = parser.parse_args(argv)
     saved = load_checkpoint(args.checkpoint) if args.checkpoint else {"settings": {}}
-    kept = {name: value for name, value in saved["settings"].items() if name != "amp"}
+    kept = {name: value for name, value in saved["settings"].items()
+            if name in vars(args) and name != "amp"}
     parser.set_defaults(**kept)                             # among them --data
     args = parser.parse_args(argv)
     if not args.predict:
@@ -2453,9 +2505,6 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
         args = parser.parse_args(argv)
     if args.method == "all":
         args.method = ",".join(METHODS)
-    if args.out is None:
-        what = "eval" if args.checkpoint else args.method.replace(",", "-")
-        args.out = f"runs/{args.task}-{Path(args.data).resolve().name}-{what}-s{args.seed}"
     return args, saved
 
 def set_up_device(args) -> None:
@@ -2464,6 +2513,8 @@ def set_up_device(args) -> None:
     Raises InputError if the device or a part of torchrun's environment is missing.
     """
     launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
+    if args.device.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device {args.device}: choose cpu, cuda or one GPU, such as cuda:1")
     try:
         if launched and not dist.is_initialized():
             dist.init_process_group(timeout=timedelta(days=1))      # decoding may take hours
@@ -2473,7 +2524,8 @@ def set_up_device(args) -> None:
             torch.cuda.set_device(args.device)
     except (AssertionError, KeyError, RuntimeError, ValueError) as error:
         cause = "RANK or WORLD_SIZE in the environment" if launched else f"--device {args.device}"
-        raise InputError(f"{cause} cannot be used: {error}") from error
+        reason = str(error).partition("\n")[0]              # CUDA adds hints for programmers
+        raise InputError(f"{cause} cannot be used: {reason}") from error
 
 def check_options(args, saved: dict) -> None:
     """Raises InputError if options contradict each other or name what is not there."""
@@ -2486,6 +2538,7 @@ def check_options(args, saved: dict) -> None:
         (args.predict and not args.checkpoint, "--predict needs --checkpoint"),
         (args.gallery and not args.predict, "--gallery needs --predict"),
         (args.predict and world > 1, "--predict is for one process; start it without torchrun"),
+        (os.path.isfile(args.out or ""), f"--out {args.out} is a file; give a folder"),
         (not args.predict and kind != STUDENT_KIND[args.task],
          f"--checkpoint {args.checkpoint} is for {kind}; --task {args.task} needs another"),
         (not is_teacher and not args.checkpoint,
@@ -2499,6 +2552,39 @@ def check_options(args, saved: dict) -> None:
             raise InputError(message)
     if os.path.isfile(args.teacher) and not args.checkpoint:
         open_teacher(args)                                  # refused before hours of decoding
+
+def choose_folder(args) -> str:
+    """Makes a run folder, or finds the one that --resume continues; returns its path and says so.
+
+    Without --out, a run that lies there already is kept: the next one's name ends in -2, -3, ...
+    Raises InputError if --out holds another run.
+    """
+    what = "eval" if args.checkpoint else args.method.replace(",", "-")
+    fold = f"-f{args.fold}" if args.fold > 1 else ""
+    name = f"runs/{args.task}-{Path(args.data).resolve().name}-{what}-s{args.seed}{fold}"
+    folders = [Path(args.out or name)]
+    while not args.out and folders[-1].exists():
+        folders.append(Path(f"{name}-{len(folders) + 1}"))
+    signs = ("config.json", "results.json", "teacher.pt", "*/config.json")
+    runs = [folder for folder in folders if any(next(folder.glob(sign), "") for sign in signs)]
+    resumes = args.resume and not args.checkpoint and runs
+    folder = runs[-1] if resumes else folders[-1]
+    several = "," in args.method or args.seeds > 1
+    mixed = (folder / "results.json").exists() and several == (folder / "last.pt").exists()
+    if folder in runs and (mixed or not resumes):
+        raise InputError(f"{folder} holds a run; --resume continues the same one, for another give "
+                         "another --out")
+    folder.mkdir(parents=True, exist_ok=bool(args.out or resumes))      # one run gets a new one
+    last = sorted(folder.rglob("last.pt"), key=os.path.getmtime) if resumes else []
+    if last:
+        saved = load_checkpoint(last[-1])
+        epochs = args.teacher_epochs if saved["method"] == "teacher" else args.epochs
+        log.info(f"continuing after epoch {saved['epoch']} of {epochs} in {last[-1].parent}")
+    elif args.resume:
+        log.warning(f"nothing to resume in {folder}; starting")
+    elif len(folders) > 1:
+        log.warning(f"{folders[-2]} is kept; this run goes to {folder}")
+    return str(folder)
 
 def make_views(args, kind: str) -> Views:
     """Returns the windows of "audio" or "video" that the options ask for."""
@@ -2688,8 +2774,9 @@ def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
     none = torch.zeros_like(next(iter(rows.values())))
     embeddings = torch.stack([rows.get(name, none) for name in ids])
     about["metrics"] = about["metrics"] or score_probe(data, embeddings)
-    if process()[0] == 0:
-        save(out / "teacher.pt", {"ids": ids, "embeddings": embeddings, **about})
+    if process()[0] == 0 and not (out / "teacher.pt").exists():
+        save(out / "teacher.pt", {"ids": ids, "embeddings": embeddings,
+                                  "settings": settings_of(args), **about})
     return data, embeddings, about
 
 SHOWN = "R@1 mAP top1 top5 AUC d_prime".split()     # in the table; results.json has all metrics
@@ -2794,8 +2881,28 @@ def keep_memory() -> None:
         ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX: large blocks are in the heap, too
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: the heap stays as it is
 
+def explain(error: Exception) -> str:
+    """Returns an error as one line with its remedy, or "" if it is a fault of this program."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    reason = lines[-1].rstrip(".").rpartition("InputError: ")[2]    # a loader process adds more
+    shared = ("DataLoader worker", "shared memory", "28] No space left on device")
+    full = ("MemoryError", "allocate memory", "Unable to allocate")
+    if isinstance(error, torch.OutOfMemoryError):
+        reason = "the GPU's memory is full; lower --batch-size or --frames"
+    elif any(words in reason for words in shared) and not getattr(error, "filename", None):
+        size = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
+        reason += f"; --workers 0 needs less memory and no /dev/shm, which has {size / 1e6:,.0f} MB"
+    elif any(words in reason for words in full):
+        reason += "; the memory is full: lower --workers, --batch-size or --frames"
+    elif isinstance(error, RuntimeError):
+        return ""
+    return f"error: {reason}"
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0 done, 2 bad input, 130 interrupted."""
+    for stream in sys.stdout, sys.stderr:
+        with suppress(AttributeError):              # a notebook's has no such method
+            stream.reconfigure(errors="backslashreplace")   # for names it cannot show
     logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
     try:
         args, saved = parse_options(argv)
@@ -2810,21 +2917,25 @@ def main(argv: list[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = True       # tries kernels, keeps the fastest
         if args.predict:
             predict_files(args, saved)
-        elif args.checkpoint:
-            evaluate_checkpoint(args, saved)
         else:
-            run(args)
+            chosen = [choose_folder(args)] if process()[0] == 0 else [None]
+            args.out = join_shares(chosen)[0]
+            if args.checkpoint:
+                evaluate_checkpoint(args, saved)
+            else:
+                run(args)
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
-    except (InputError, OSError) as error:
-        code, message = 2, f"error: {str(error).strip().splitlines()[-1]}"
-    except torch.OutOfMemoryError:
-        code, message = 2, "error: the GPU's memory is full; lower --batch-size or --frames"
+    except (InputError, OSError, RuntimeError, MemoryError) as error:
+        code, message = 2, explain(error)
+        if not message:
+            raise
     except KeyboardInterrupt:
         code, message = 130, "\ninterrupted; the same command with --resume continues"
     print(message, file=sys.stderr)
     return code
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)   # ends quietly, as all programs do, in `| head`
     sys.exit(main())
