@@ -524,8 +524,9 @@ def test_a_clip_is_decoded_once_and_again_when_its_file_changes(tmp_path, demo):
 
     file, content = decode()
     written = file.stat().st_mtime_ns
-    assert (decode(), file.stat().st_mtime_ns) == ((file, content), written)
-    for damaged in b"", content[:-1], content[:900], 900 * b"x":
+    assert decode() == (file, content)
+    assert file.stat().st_mtime_ns == written
+    for damaged in b"", content[:-1], 900 * b"x":
         file.write_bytes(damaged)
         assert decode() == (file, content)
     torch.save(torch.zeros(9), file)                    # another kind of content
@@ -677,7 +678,7 @@ def test_the_authors_checkpoints_load(tmp_path, prefix):
 def test_panns_checkpoints_load(tmp_path, stages, dim):
     state = xmkd.AudioNet(527, 2, stages, dim).state_dict()
     state["logmel_extractor.melW"] = torch.zeros(513, 64)
-    sampler = {"random_state": np.random.RandomState(1).get_state()}
+    sampler = np.random.RandomState(1).get_state()
     torch.save({"iteration": 1, "model": state, "sampler": sampler}, tmp_path / "Cnn.pth")
     saved = xmkd.load_checkpoint(tmp_path / "Cnn.pth")
     assert saved["network"] == {"kind": "audio", "num_classes": 527, "dim": dim, "width": 2,
@@ -796,7 +797,10 @@ def test_what_a_run_has_written_is_never_lost(tmp_path, demo, monkeypatch, capsy
     assert f"{run}-2 is kept; this run goes to {run}-3\n" in capsys.readouterr().out
     assert xmkd.main(options + ["--width", "3", "--resume"]) == 0       # the last of the three
     assert capsys.readouterr().out.startswith(f"continuing after epoch 1 of 1 in {run}-3\n")
-    for more in [], ["--seeds", "2", "--resume"], ["--checkpoint", f"{run}/last.pt", "--resume"]:
+    for more in [
+            [],
+            ["--seeds", "2", "--resume"],
+            ["--checkpoint", f"{run}/last.pt", "--resume"]]:
         assert xmkd.main(options + ["--out", str(run)] + more) == 2
         assert re.fullmatch("error: .*holds a run.*--resume.*--out\n", capsys.readouterr().err)
     assert xmkd.main(options + ["--out", "new", "--resume"]) == 0

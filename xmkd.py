@@ -1874,19 +1874,17 @@ def load_checkpoint(path: str | Path) -> dict:
     `make_network`), classes (names, or None), task (or None), method, seed, epoch and settings.
     Raises InputError if the file is none of these or its weights do not fit or are not finite.
     """
-    # An empty list stands for each object that is not needed, as the authors' scheduler and PANNs'
-    # sampler, whose old format does not tell the names in it.
-    nothing = {"__init__": lambda *_: None, "__setstate__": lambda *_: None}
-    ignored = type("Ignored", (list,), nothing)
+    # An empty list stands for each object but tensors, as the authors' scheduler, PANNs' sampler.
+    other = type("Other", (list,), {"__init__": lambda *_: None, "__setstate__": lambda *_: None})
     names = {"numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
-             "numpy.core.multiarray.scalar", "_codecs.encode"}
+             "numpy.core.multiarray.scalar", "_codecs.encode"}      # of PANNs' old format
     try:
         with open(path, "rb") as file:
             if file.read(1) not in (b"P", b"\x80"):         # of torch.save's two formats
                 raise ValueError("torch.save has not written it; is it a page or a text?")
-        with suppress(ValueError):
+        with suppress(ValueError):                          # the old format cannot be asked
             names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        harmless = [(ignored, name) for name in names - {"collections.defaultdict"}]
+        harmless = [(other, name) for name in names - {"collections.defaultdict"}]
         harmless.append((lambda _: {}, "collections.defaultdict"))
         with torch.serialization.safe_globals(harmless):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -1906,10 +1904,9 @@ def load_checkpoint(path: str | Path) -> dict:
         return content
     except Exception as error:                      # the loader raises a dozen kinds
         reason = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())
-        if isinstance(error, KeyError):
-            reason = f"it lacks {reason}"
+        lacks = "it lacks " if isinstance(error, KeyError) else ""
         raise InputError(f"{path} is not a usable checkpoint of this program, the authors or PANNs "
-                         f"({reason[:200]})") from error
+                         f"({lacks}{reason[:200]})") from error
 
 def restore(saved: dict, device: str) -> nn.Module:
     """Builds the network of a loaded checkpoint."""
