@@ -904,7 +904,7 @@ def test_unreadable_clips_are_skipped_with_a_reason_up_to_a_share(tmp_path, demo
         (folder / name).write_bytes(b"no video")
     assert xmkd.main(command(folder, out, "--method", "student")) == 0
     rows = (out / "skipped.csv").read_text().splitlines()
-    assert [row.split(",")[0] for row in rows] == ["path", "0000", "0001", "0050"]
+    assert [row.split(",")[0] for row in rows] == ["id or path", "0000", "0001", "0050"]
     assert xmkd.main(command(folder, out / "b", "--method", "student", "--max-skipped", 0.04)) == 2
     assert "3 of 60 clips are unreadable" in capsys.readouterr().err
 

@@ -1464,9 +1464,10 @@ def write_demo(root: Path, student: str, tags: bool, noise: float, mismatch: flo
 
     There are 20 classes of events, five kinds in four patterns each. A picture shows an event as a
     shape (outline, filling), a sound plays it as a call (pitch, rhythm). Place, size, colour and
-    loudness say nothing, but a picture teacher's colours tell the filling, so that few clips are
-    enough for it. Both modalities have noise. Sound lasts a second, a student's 0.65. A clip has one labelled event, with `tags` two
-    in four of ten clips, and all classes are equally frequent.
+    loudness say nothing, but in a teacher's pictures the colour tells the filling, so that few
+    clips are enough for it. Both modalities have noise. Sound lasts a second, or 0.65 s where it is
+    the student's. A clip has one labelled event, with `tags` two in four of ten clips, and all
+    classes are equally frequent.
     student   "audio" or "video": this modality always shows the labelled event, but faintly, and
               up to two events of other classes, half as strong, beside it.
     The other modality is the teacher's. It is clear, but faulty:
@@ -1836,7 +1837,8 @@ def save(path: Path, content: object) -> None:
         if path.suffix == ".pt":
             torch.save(content, part)
         else:
-            part.write_text(content if isinstance(content, str) else json.dumps(content, indent=1))
+            text = content if isinstance(content, str) else json.dumps(content, indent=1)
+            part.write_text(text, "utf-8", "surrogateescape")       # of names not in UTF-8
         os.replace(part, path)
     except (OSError, RuntimeError) as error:        # torch.save: a RuntimeError if it is full
         with suppress(OSError):
@@ -1916,6 +1918,7 @@ def restore(saved: dict, device: str) -> nn.Module:
 
 # -------------------- 10. Training and evaluation --------------------
 STUDENT_KIND = {"audio_tagging": "audio", "action_recognition": "video", "video_retrieval": "video"}
+TEACHER_KIND = {"audio_tagging": "video", "action_recognition": "audio", "video_retrieval": "audio"}
 METHODS = ("student", *Distiller.methods, "mnf", "xmkd")
 log = logging.getLogger("xmkd")
 
@@ -1955,14 +1958,7 @@ def progress(loader: DataLoader, what: str, rounds: int = 1) -> Iterator:
             shown = time.time()
             pace = (shown - begun) / done
             left = duration(pace * (rounds * len(loader) - done))
-            log.info(f"  {what}: {done:,} of {len(loader):,} batches, {pace:.2g} s each, {left} left")
-
-def give_back_memory() -> None:
-    """Gives back what was kept, see `keep_memory`, so that `memory_in_use` starts anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
+            log.info(f"  {what}: {done:,} of {len(loader):,}, {pace:.2g} s each, {left} left")
 
 def memory_in_use() -> float:
     """Returns the peak of the GPU's memory or, without one, what the process holds, in GB."""
@@ -1971,23 +1967,32 @@ def memory_in_use() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
+class Machine(NamedTuple):
+    """Says where and how networks run."""
+    device: str = "cpu"
+    amp: bool = False           # in bfloat16; needs a GPU
+    workers: int = 0            # processes that load the clips
+
+CPU = Machine()
+
 @torch.no_grad()
-def predict(args, network: nn.Module, data: Data, indices: list[int],
+def predict(network: nn.Module, data: Data, indices: list[int], machine: Machine = CPU,
             mode: str = "test") -> tuple[Tensor, Tensor]:
     """Returns probabilities (n, C) and embeddings (n, D) of clips, means over their windows.
 
     Under torchrun the processes share the work, and each returns all. The result is on the CPU.
     """
     rank, world = process()
+    device = torch.device(machine.device)
     network.eval()
-    prepare = Prepare().to(args.device).eval()
-    loader = data.loader(indices[rank::world], mode, 8, args.workers)
+    prepare_views = Prepare().to(device).eval()
+    loader = data.loader(indices[rank::world], mode, 8, machine.workers)
     probabilities, embeddings = [], []
     for _, windows, counts, _, _ in progress(loader, "evaluating"):
         scores, pooled = [], []
         for part in windows.split(64):                              # a long clip has many windows
-            with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.amp):
-                features = network(prepare(part.to(args.device)))
+            with torch.autocast(device.type, torch.bfloat16, enabled=machine.amp):
+                features = network(prepare_views(part.to(device)))
             logits = features.logits.float()
             scores.append(logits.sigmoid() if data.tags else logits.softmax(1))
             pooled.append(features.pooled.float())
@@ -1995,16 +2000,17 @@ def predict(args, network: nn.Module, data: Data, indices: list[int],
         embeddings += [part.mean(0) for part in torch.cat(pooled).cpu().split(counts)]
     return torch.stack(join_shares(probabilities)), torch.stack(join_shares(embeddings))
 
-def evaluate(args, network: nn.Module, data: Data) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores the evaluation clips: returns the task's metrics, and each class's own score.
+def evaluate(network: nn.Module, data: Data, machine: Machine = CPU,
+             retrieval: bool = False) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores the evaluation clips: returns the metrics, and each class's own score.
 
-    Retrieval searches the training clips.
+    retrieval  also searches the training clips for each evaluation clip
     """
-    probabilities, queries = predict(args, network, data, data.eval)
+    probabilities, queries = predict(network, data, data.eval, machine)
     labels = data.labels(data.eval)
     metrics = score(probabilities, labels)
-    if args.task == "video_retrieval":
-        _, gallery = predict(args, network, data, data.train)
+    if retrieval:
+        _, gallery = predict(network, data, data.train, machine)
         metrics = retrieval_metrics(queries, gallery, labels, data.labels(data.train)) | metrics
     return metrics, score_classes(probabilities, labels, data.classes)
 
@@ -2013,15 +2019,17 @@ def fit_probe(data: Data, teacher: Tensor) -> nn.Linear:
     some = data.train[::math.ceil(len(data.train) / 50_000)]
     return linear_probe(teacher[some], data.labels(some), len(data.classes))
 
-def build(args, data: Data, method: str, seed: int, teacher: Tensor | None) -> tuple:
+def build(data: Data, method: str, seed: int, teacher: Tensor | None = None, device: str = "cpu",
+          width: int = 64, lr: float = 3e-4, weight_decay: float = 5e-4,
+          offset: float = 0.07) -> tuple:
     """Returns what a method trains, initialised by the seed: student, noise filter, optimizer."""
     torch.manual_seed(seed)
-    classes, dim = len(data.classes), 8 * args.width
+    classes, dim = len(data.classes), 8 * width
     more = {}
     if method == "teacher" and data.views.kind == "audio":
         more["dim"] = dim                                           # with PANNs' head
-    student = make_network(data.views.kind, classes, args.width, **more).to(args.device)
-    if process()[1] > 1 and args.device.startswith("cuda"):
+    student = make_network(data.views.kind, classes, width, **more).to(device)
+    if process()[1] > 1 and str(device).startswith("cuda"):
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     noise_filter, filter_lr = None, 1.0
     if method in ("xmkd", "mnf"):
@@ -2029,29 +2037,27 @@ def build(args, data: Data, method: str, seed: int, teacher: Tensor | None) -> t
         filter_lr = 0.2                                             # authors
     elif method in Distiller.methods:
         probe = fit_probe(data, teacher) if method == "kd" else None
-        noise_filter = Distiller(method, classes, dim, teacher.shape[1], args.csc_offset, probe)
+        noise_filter = Distiller(method, classes, dim, teacher.shape[1], offset, probe)
     if noise_filter is not None:
-        noise_filter = noise_filter.to(args.device)
-    optimizer = make_optimizer(student, noise_filter, args.lr, args.weight_decay, filter_lr)
-    if args.compile:
-        student.compile()
-    return student, noise_filter, optimizer
+        noise_filter = noise_filter.to(device)
+    return student, noise_filter, make_optimizer(student, noise_filter, lr, weight_decay, filter_lr)
 
-def train_epoch(args, loader: DataLoader, student: nn.Module, noise_filter: nn.Module | None,
-                optimizer: torch.optim.Optimizer, method: str, rounds: int) -> dict[str, float]:
+def train_epoch(loader: DataLoader, student: nn.Module, noise_filter: nn.Module | None,
+                optimizer: torch.optim.Optimizer, device: str = "cpu", rounds: int = 1,
+                **options) -> dict[str, float]:
     """Trains on each batch once; returns mean loss terms, `diagnose`'s figures, speed and memory.
 
-    `rounds` is the number of epochs left, for the estimate of the time. Raises an InputError that names the step and its clips if a loss is not finite.
+    rounds   number of epochs left, for the estimate of the time
+    options  those of `train_step`
+    Raises an InputError that names the step and its clips if a loss is not finite.
     """
-    prepare = Prepare().to(args.device).train()
+    prepare_views = Prepare().to(device).train()
     steps, clips, begun = [], [], time.time()
-    for indices, windows, _, labels, teacher in progress(loader, f"training {method}", rounds):
-        windows = windows.to(args.device, non_blocking=True)
-        labels = labels.to(args.device, non_blocking=True)
-        teacher = teacher.to(args.device, non_blocking=True)
-        terms = train_step(student, noise_filter, optimizer, prepare(windows), teacher, labels,
-                           args.csc_offset, args.margin, args.sparsity,
-                           calibrate=method != "mnf", amp=args.amp)
+    for indices, windows, _, labels, teacher in progress(loader, "training", rounds):
+        windows, labels, teacher = [part.to(device, non_blocking=True)
+                                    for part in (windows, labels, teacher)]
+        terms = train_step(student, noise_filter, optimizer, prepare_views(windows), teacher,
+                           labels, **options)
         steps.append(torch.stack(list(terms.values())))
         clips.append(indices)
     values = torch.stack(steps).cpu()                       # (steps, terms), fetched once an epoch
@@ -2062,21 +2068,9 @@ def train_epoch(args, loader: DataLoader, student: nn.Module, noise_filter: nn.M
                              f"{int(loader.dataset.epoch)}: {dict(zip(terms, row))}; lower --lr; "
                              f"the clips are {ids}")
     speed = len(steps) * len(clips[0]) * process()[1] / (time.time() - begun)
-    figures = diagnose(student, noise_filter, prepare.eval()(windows), teacher)
+    figures = diagnose(student, noise_filter, prepare_views.eval()(windows), teacher)
     means = dict(zip(terms, values.mean(0).tolist()))
     return means | figures | {"clips_per_second": speed, "memory_gb": memory_in_use()}
-
-# Options that may change on --resume and are not restored from --checkpoint.
-MAY_CHANGE = ("method", "seeds", "out", "cache", "resume", "checkpoint", "predict", "gallery",
-              "workers", "device", "compile", "quiet", "max_skipped")
-
-def settings_of(args) -> dict:
-    """Returns the settings that shape a result, with size and time of the teacher's file."""
-    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    if os.path.isfile(args.teacher):
-        status = os.stat(args.teacher)
-        settings["teacher_file"] = [status.st_size, status.st_mtime_ns]
-    return settings
 
 def refuse_changes(option: str, path: Path, before: dict, now: dict) -> None:
     """Raises InputError that names what is no longer as it was when `path` was written."""
@@ -2084,6 +2078,20 @@ def refuse_changes(option: str, path: Path, before: dict, now: dict) -> None:
         if before.get(name) != value:
             raise InputError(f"{option}: {name} was {before.get(name)} in {path} and is now {value}"
                              f"; keep it or give another {option.replace('resume', 'out')}")
+
+def load_unchanged(path: Path, about: dict) -> dict:
+    """Loads the checkpoint of a run to resume. Raises InputError if the run was another."""
+    saved = load_checkpoint(path)
+    refuse_changes("--resume", path, saved["settings"], about["settings"])
+    refuse_changes("--resume", path, saved, {**about, "settings": saved["settings"]})
+    return saved
+
+def release_memory() -> None:
+    """Gives back what was kept, see `keep_memory`, so that `memory_in_use` starts anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 def log_epoch(name: str, row: dict[str, float], metrics: dict[str, float]) -> None:
     """Logs the two first metrics, the losses and the time in at most 100 columns."""
@@ -2094,67 +2102,73 @@ def log_epoch(name: str, row: dict[str, float], metrics: dict[str, float]) -> No
     figures = "  ".join(f"{term} {value:.3f}" for term, value in shown.items())
     log.info(f"  {name}  {figures}  {duration(row['seconds'])}")
 
-def fit(args, data: Data, method: str, seed: int, teacher: Tensor | None, out: Path, epochs: int,
-        eval_every: int) -> nn.Module:
+def fit(data: Data, method: str, teacher: Tensor | None, out: Path, seed: int = 3,
+        machine: Machine = CPU, epochs: int = 200, eval_every: int = 5, batch_size: int = 32,
+        lr: float = 3e-4, weight_decay: float = 5e-4, width: int = 64, offset: float = 0.07,
+        margin: float = 0.2, sparsity: float = 1e-3, compiled: bool = False, resume: bool = False,
+        settings: dict | None = None) -> nn.Module:
     """Trains one network by one method and returns it as it is after the last epoch.
 
-    Writes config.json, log.jsonl (a row an epoch), best.pt and last.pt (for --resume) into `out`.
+    method    one of METHODS, or "teacher": like "student", but sound gets PANNs' head
+    teacher   (N, teacher_dim) embeddings of all clips of `data`; None for "student" and "teacher"
+    settings  kept in the checkpoints; `resume` refuses others
+    Writes config.json, log.jsonl (a row an epoch), best.pt and last.pt (for `resume`) into `out`.
     An epoch depends on seed and epoch number alone, so resuming changes nothing.
     """
     rank, world = process()
-    give_back_memory()
-    student, noise_filter, optimizer = build(args, data, method, seed, teacher)
-    about = {"method": method, "seed": seed, "task": args.task, "classes": data.classes,
-             "network": network_arguments(student.state_dict()), "settings": settings_of(args),
-             "versions": {"torch": str(torch.__version__), "av": av.__version__}}
+    release_memory()
+    student, noise_filter, optimizer = build(data, method, seed, teacher, machine.device, width, lr,
+                                             weight_decay, offset)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.75 * epochs)])   # authors
     modules = {"student": student, "filter": noise_filter or nn.Identity(),
                "optimizer": optimizer, "schedule": schedule}
+    settings = settings or {}
+    about = {"method": method, "seed": seed, "task": settings.get("task"), "classes": data.classes,
+             "network": network_arguments(student.state_dict()), "settings": settings}
     history, best = [], -1.0
     begun = time.time()
-    last = out / "last.pt"
-    if args.resume and last.exists():
-        saved = load_checkpoint(last)
-        refuse_changes("--resume", last, saved["settings"], about["settings"])
-        same = {name: about[name] for name in ("task", "method", "seed", "classes", "network")}
-        refuse_changes("--resume", last, saved, same)
+    if resume and (out / "last.pt").exists():
+        saved = load_unchanged(out / "last.pt", about)
         history, best = saved["history"], saved["best"]
         begun -= history[-1]["seconds"]
         for name, module in modules.items():
             module.load_state_dict(saved[name])
+    if compiled:
+        student.compile()
     if rank == 0:
-        save(out / "config.json", {**about, "settings": vars(args)})
-    loader = data.loader(data.train, "train", args.batch_size // world, args.workers, seed, teacher)
+        versions = {"torch": str(torch.__version__), "av": av.__version__}
+        save(out / "config.json", {**about, "versions": versions})
+    loader = data.loader(data.train, "train", batch_size // world, machine.workers, seed, teacher)
 
     for epoch in range(len(history) + 1, epochs + 1):
         torch.manual_seed((1_000_003 * seed + epoch) * world + rank)
         loader.sampler.set_epoch(epoch)
         loader.dataset.epoch.fill_(epoch)
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-        rounds = epochs + 1 - epoch
-        row.update(train_epoch(args, loader, student, noise_filter, optimizer, method, rounds))
+        row |= train_epoch(loader, student, noise_filter, optimizer, machine.device,
+                           epochs + 1 - epoch, offset=offset, margin=margin, sparsity=sparsity,
+                           calibrate=method != "mnf", amp=machine.amp)
         row["seconds"] = round(time.time() - begun, 1)
         history.append(row)
         schedule.step()
 
         is_best = False
         if epoch % eval_every == 0 or epoch == epochs:
-            probabilities, _ = predict(args, student, data, data.eval, "val")
+            probabilities, _ = predict(student, data, data.eval, machine, "val")
             metrics = score(probabilities, data.labels(data.eval))
             value = list(metrics.values())[0]               # top1 or mAP
             is_best = value > best
             best = max(value, best)
             log_epoch(f"{method} s{seed}  epoch {epoch} of {epochs}", row, metrics)
-            row.update(metrics)
-        content = {**about, "epoch": epoch, "best": best, "history": history}
-        for name, module in modules.items():
-            content[name] = module.state_dict()
+            row |= metrics
         if rank == 0:
+            content = {**about, "epoch": epoch, "best": best, "history": history}
+            for name, module in modules.items():
+                content[name] = module.state_dict()
             if is_best:
                 save(out / "best.pt", content)
-            lines = [json.dumps(row) + "\n" for row in history]
-            save(out / "log.jsonl", "".join(lines))
-            save(out / "last.pt", content)                  # last, because --resume relies on it
+            save(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+            save(out / "last.pt", content)                  # last, because `resume` relies on it
     join_shares([])                                         # process 0 has written its files
     return student
 
@@ -2184,46 +2198,47 @@ class KineticsTeacher(nn.Module):
         pooled = self.net(frames.transpose(1, 2))                   # (B, 512)
         return Features(pooled[:, None], pooled, pooled)
 
-def open_teacher(args) -> tuple[nn.Module | None, Views]:
+def open_teacher(source: str, views: Views, device: str) -> tuple[nn.Module | None, Views]:
     """Returns the network that --teacher asks for, or None if one has to be trained, and its views.
 
     Raises InputError if a checkpoint is of the student's modality.
     """
-    kind = "video" if STUDENT_KIND[args.task] == "audio" else "audio"
-    views = make_views(args, kind)
-    if os.path.isfile(args.teacher) and Path(args.teacher).name != "teacher.pt":
-        saved = load_checkpoint(args.teacher)
-        if saved["network"]["kind"] != kind:
-            raise InputError(f"--teacher {args.teacher} takes {saved['network']['kind']}; --task "
-                             f"{args.task} needs one that takes {kind}")
-        return restore(saved, args.device), views
+    if os.path.isfile(source) and Path(source).name != "teacher.pt":
+        saved = load_checkpoint(source)
+        if saved["network"]["kind"] != views.kind:
+            raise InputError(f"--teacher {source} takes {saved['network']['kind']}; this --task "
+                             f"needs one that takes {views.kind}")
+        return restore(saved, device), views
     network, reason = None, "torchaudio has no pretrained network"
-    if args.teacher == "auto" and kind == "video":
+    if source == "auto" and views.kind == "video":
         try:
             network = KineticsTeacher() if process()[0] == 0 else None
         except (OSError, RuntimeError) as error:
             reason = f"torchvision cannot download r2plus1d_18 ({error})"
         if join_shares([network is not None])[0]:                   # process 0 has downloaded it
             views = views._replace(side=128, resize=(128, 171), size=112)   # as it was trained
-            return (network or KineticsTeacher()).to(args.device), views
-    if args.teacher == "auto":
+            return (network or KineticsTeacher()).to(device), views
+    if source == "auto":
         log.warning(f"warning: {reason}: the teacher is trained from scratch and will be weaker")
     return None, views
 
-def train_teacher(args, data: Data, out: Path) -> nn.Module:
+def train_teacher(data: Data, out: Path, seed: int, epochs: int, machine: Machine,
+                  **options) -> nn.Module:
     """Trains a teacher on nine tenths of the training clips; returns its best epoch on the rest.
 
-    A network that has memorised its clips would embed their labels, not their content.
+    A network that has memorised its clips would embed their labels, not their content. `options`
+    are those of `fit`.
     """
-    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(args.seed))
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
     shuffled = [data.train[k] for k in order.tolist()]
     tenth = max(1, len(shuffled) // 10)
     data = data._replace(train=shuffled[tenth:], eval=shuffled[:tenth])
-    fit(args, data, "teacher", args.seed, None, out / "teacher", args.teacher_epochs, eval_every=1)
-    best = load_checkpoint(out / "teacher" / "best.pt")
-    log.info(f"teacher: epoch {best['epoch']} of {args.teacher_epochs} is best on {tenth} training "
-             "clips that it has not seen")
-    return restore(best, args.device)
+    log.info(f"training the teacher from scratch for {epochs} epochs")
+    fit(data, "teacher", None, out, seed, machine, epochs, 1, **options)
+    best = load_checkpoint(out / "best.pt")
+    log.info(f"teacher: epoch {best['epoch']} of {epochs} is best on {tenth} training clips that "
+             "it has not seen")
+    return restore(best, machine.device)
 
 def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
     """Reads `<clip id>.npy`, (D,) numbers each, anywhere below a folder: {clip id: embedding (D,)}.
@@ -2277,7 +2292,7 @@ def given_teacher(args, clips: list[Clip], out: Path) -> Teacher | None:
     except Exception as error:                      # the loader raises a dozen kinds
         raise InputError(f"{path} is not a run's teacher.pt") from error
     if resumed:
-        refuse_changes("--resume", path, saved.get("settings", {}), settings_of(args))
+        refuse_changes("--resume", path, saved.get("settings", {}), settings_of(vars(args)))
         return rows, {"kind": kind, "metrics": saved["metrics"]}
     names = ["data", "split", "fold", "per_class", "noise", "mismatch"]     # of the same clips
     if args.data == "demo" or args.per_class:
@@ -2290,23 +2305,20 @@ def given_teacher(args, clips: list[Clip], out: Path) -> Teacher | None:
         raise InputError(f"--teacher: {path} is of other clips than --data {args.data}")
     return rows, {"kind": kind, "metrics": {}}      # its evaluation clips may have been others
 
-def embed_clips(args, data: Data, network: nn.Module | None, out: Path) -> Teacher:
-    """Embeds the clips of `data`, which holds them as the teacher sees them.
+def embed_clips(network: nn.Module, data: Data, machine: Machine = CPU,
+                score_it: bool = False) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Embeds all clips of `data` that have the network's modality: {clip id: embedding (D,)}.
 
-    network  None trains one from scratch, the only one whose classes are sure to be the data's
+    score_it  whether the network's classes are those of the data; then its metrics come along
     """
-    kind, metrics = f"network ({args.teacher})", {}
-    if network is None:
-        kind = "trained from scratch"
-        log.info(f"training the teacher from scratch for {args.teacher_epochs} epochs")
-        network = train_teacher(args, data, out)
     log.info("embedding the clips with the teacher")
     known = [i for i in data.eval if data.files[i]]         # all training clips have this stream
-    probabilities, embeddings = predict(args, network, data, data.train + known)
-    if known and kind == "trained from scratch":
+    probabilities, embeddings = predict(network, data, data.train + known, machine)
+    metrics = {}
+    if known and score_it:
         metrics = score(probabilities[len(data.train):], data.labels(known))
     ids = [data.clips[i].id for i in data.train + known]
-    return dict(zip(ids, embeddings)), {"kind": kind, "metrics": metrics}
+    return dict(zip(ids, embeddings)), metrics
 
 def score_probe(data: Data, teacher: Tensor) -> dict[str, float]:
     """Scores a linear probe on the teacher's embeddings of the evaluation clips that have one."""
@@ -2329,30 +2341,31 @@ def list_files(paths: list[str], kind: str) -> list[str]:
         raise InputError(f"{', '.join(paths)}: no media file with {kind}")
     return files
 
-def predict_files(args, saved: dict) -> None:
-    """Prints the five likeliest classes, or nearest clips of --gallery, of each file in --predict.
+def predict_files(saved: dict, paths: list[str], folder: str | None, views: Views, cache: Path,
+                  machine: Machine) -> None:
+    """Prints the five likeliest classes of each file or, with a `folder`, its five nearest clips.
 
+    saved  a loaded checkpoint
     A file that cannot be used is named. Raises InputError in the end if there was one.
     """
     kind, count = saved["network"]["kind"], saved["network"]["num_classes"]
     names = saved["classes"] or [f"class {k}" for k in range(count)]
-    files, gallery = list_files(args.predict, kind), []
-    if args.gallery:
-        gallery = list_files([args.gallery], kind)
+    files, gallery = list_files(paths, kind), []
+    if folder:
+        gallery = list_files([folder], kind)
     clips = [Clip(path, (0,), "eval", path, path, cut=True) for path in files + gallery]
-    views = make_views(args, kind)
-    decoded = decode_all(clips, [views], Path(args.cache), args.workers)
+    decoded = decode_all(clips, [views], cache, machine.workers)
     reasons = {clip.id: reason for clip, (_, reason) in zip(clips, decoded) if reason}
     clips = [clip for clip in clips if clip.id not in reasons]
     cached = [found[0] for found, reason in decoded if not reason]
     data = Data(clips, names, kind == "audio", [], list(range(len(clips))), views, cached)
     row = {clip.id: k for k, clip in enumerate(clips)}          # of a file in the results
     if clips:
-        scores, embeddings = predict(args, restore(saved, args.device), data, data.eval)
+        scores, embeddings = predict(restore(saved, machine.device), data, data.eval, machine)
     if gallery:
         names = [path for path in gallery if path in row]
         if not names:
-            raise InputError(f"--gallery {args.gallery}: no clip can be used: {decoded[-1][1]}")
+            raise InputError(f"--gallery {folder}: no clip can be used: {decoded[-1][1]}")
         scores = cosine_matrix(embeddings, embeddings[[row[path] for path in names]])
 
     for path in files:
@@ -2504,23 +2517,24 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
         args.method = ",".join(METHODS)
     return args, saved
 
-def set_up_device(args) -> None:
-    """Checks --device and, under torchrun, joins the processes, each with a GPU of its own.
+def set_up_device(device: str) -> str:
+    """Returns the device to use and, under torchrun, joins the processes, each with its own GPU.
 
     Raises InputError if the device or a part of torchrun's environment is missing.
     """
     launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
-    if args.device.split(":")[0] not in ("cpu", "cuda"):
-        raise InputError(f"--device {args.device}: choose cpu, cuda or one GPU, such as cuda:1")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: choose cpu, cuda or one GPU, such as cuda:1")
     try:
         if launched and not dist.is_initialized():
             dist.init_process_group(timeout=timedelta(days=1))      # decoding may take hours
-        if launched and args.device.startswith("cuda"):
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        if torch.zeros(1, device=args.device).is_cuda:
-            torch.cuda.set_device(args.device)
+        if launched and device.startswith("cuda"):
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if torch.zeros(1, device=device).is_cuda:
+            torch.cuda.set_device(device)
+        return device
     except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-        cause = "RANK or WORLD_SIZE in the environment" if launched else f"--device {args.device}"
+        cause = "RANK or WORLD_SIZE in the environment" if launched else f"--device {device}"
         reason = str(error).partition("\n")[0]              # CUDA adds hints for programmers
         raise InputError(f"{cause} cannot be used: {reason}") from error
 
@@ -2548,7 +2562,8 @@ def check_options(args, saved: dict) -> None:
         if is_wrong:
             raise InputError(message)
     if os.path.isfile(args.teacher) and not args.checkpoint:
-        open_teacher(args)                                  # refused before hours of decoding
+        views = make_views(args, TEACHER_KIND[args.task])
+        open_teacher(args.teacher, views, "cpu")            # refused before hours of decoding
 
 def choose_folder(args) -> str:
     """Makes a run folder, or finds the one that --resume continues; returns its path and says so.
@@ -2585,8 +2600,9 @@ def choose_folder(args) -> str:
 
 def make_views(args, kind: str) -> Views:
     """Returns the windows of "audio" or "video" that the options ask for."""
-    return Views(kind, args.frames, args.fps, args.size, args.seconds, args.frame_side,
-                 args.crop_area, args.flip, args.strong)
+    return Views(kind, frames=args.frames, fps=args.fps, size=args.size, seconds=args.seconds,
+                 side=args.frame_side, crop_area=args.crop_area, flip=args.flip,
+                 strong=args.strong)
 
 def require(clips: list[Clip], kind: str, who: str, remedy: str) -> None:
     """Raises InputError, which ends in `remedy`, if no clip has the `kind` that `who` needs.
@@ -2672,8 +2688,9 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
         if not reason.startswith("missing"):
             unreadable.append(reason)
     if process()[0] == 0:
-        with open(f"{args.out}/skipped.csv", "w", newline="", errors="surrogateescape") as file:
-            csv.writer(file).writerows([("path", "reason")] + skipped)
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([("id or path", "reason")] + skipped)
+        save(Path(args.out, "skipped.csv"), table.getvalue())
     train = [i for i, clip in enumerate(usable) if clip.split == "train"]
     evaluation = [i for i, clip in enumerate(usable) if clip.split == "eval"]
     log.info(f"{len(train):,} training and {len(evaluation):,} evaluation clips can be used; "
@@ -2690,46 +2707,62 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
         parts.append(Data(usable, classes, tags, train, evaluation, view, list(files)))
     return parts
 
-def time_step(args, data: Data) -> float:
+def time_step(data: Data, batch_size: int, width: int, machine: Machine) -> float:
     """Returns how many seconds of a training step fall to each clip of the batch.
 
     On a slow machine a step of four clips has to tell.
     """
-    count = args.batch_size // process()[1]
-    student, _, optimizer = build(args, data, "student", args.seed, None)
-    loader = data.loader(data.train, "train", count, 0, args.seed)
-    _, windows, _, labels, _ = next(iter(loader))
-    prepare_views = Prepare().to(args.device)
+    student, _, optimizer = build(data, "student", 0, device=machine.device, width=width)
+    count = batch_size // process()[1]
+    _, windows, _, labels, _ = next(iter(data.loader(data.train, "train", count, 0)))
+    prepare_views = Prepare().to(machine.device)
     for size in 4, count, count:                            # a GPU's first steps are slow
         begun = time.time()
-        views = prepare_views(windows[:size].to(args.device))
-        terms = train_step(student, None, optimizer, views, None, labels[:size].to(args.device),
-                           amp=args.amp)
-        terms["cls"].item()                                 # waits for the GPU
+        views = prepare_views(windows[:size].to(machine.device))
+        train_step(student, None, optimizer, views, None, labels[:size].to(machine.device),
+                   amp=machine.amp)["cls"].item()           # waits for the GPU
         seconds = max(join_shares([time.time() - begun]))   # all processes go on or stop alike
         if seconds > 2:
             break
-    return seconds / len(views)
+    return seconds / len(views) / process()[1]
 
-def estimate(args, data: Data, seen_by_teacher: Data | None) -> None:
+def estimate(plan: list[tuple[str, Data, int]], batch_size: int, width: int,
+             machine: Machine) -> None:
     """Logs how long training takes, roughly: without evaluation and without what --resume saves.
 
-    seen_by_teacher  None: the teacher is not trained
+    plan  name, data and number of epochs of each network
     """
     log.info("timing a training step")
-    each = time_step(args, data)
-    told = f"{each * args.batch_size:.2g} s (student)"
-    total = each * args.epochs * args.seeds * len(args.method.split(","))
-    if seen_by_teacher is not None:
-        each = time_step(args, seen_by_teacher)
-        told = f"{each * args.batch_size:.2g} s (teacher) and {told}"
-        total += each * args.teacher_epochs
-    total *= len(data.train) / process()[1]
-    log.info(f"a step of {args.batch_size} clips takes {told}; training about {duration(total)} "
-             "in all")
+    told, total = [], 0.0
+    for name, data, epochs in plan:
+        each = time_step(data, batch_size, width, machine)
+        told.append(f"{each * batch_size:.2g} s ({name})")
+        total += each * epochs * len(data.train)
+    log.info(f"a step of {batch_size} clips takes {' and '.join(told)}; training about "
+             f"{duration(total)} in all")
     if total > 3 * 3600:
         log.info("smaller: --width 16 --seconds 5 --frames 8 --size 64 --frame-side 112, or fewer "
                  "--per-class, --epochs and --teacher-epochs")
+
+# Options that may change on --resume and are not restored from --checkpoint.
+MAY_CHANGE = ("method", "seeds", "out", "cache", "resume", "checkpoint", "predict", "gallery",
+              "workers", "device", "compile", "quiet", "max_skipped")
+
+def settings_of(options: dict) -> dict:
+    """Returns the options that shape a result, with size and time of the teacher's file."""
+    settings = {name: value for name, value in options.items() if name not in MAY_CHANGE}
+    if os.path.isfile(options["teacher"]):
+        status = os.stat(options["teacher"])
+        settings["teacher_file"] = [status.st_size, status.st_mtime_ns]
+    return settings
+
+def fit_options(args) -> dict:
+    """Returns the options of `fit` that the teacher and all students of a run share."""
+    machine = Machine(args.device, args.amp, args.workers)
+    return {"machine": machine, "batch_size": args.batch_size, "lr": args.lr,
+            "weight_decay": args.weight_decay, "width": args.width, "offset": args.csc_offset,
+            "margin": args.margin, "sparsity": args.sparsity, "compiled": args.compile,
+            "resume": args.resume, "settings": settings_of(vars(args))}
 
 def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
     """Reads and decodes the data set, and embeds its clips unless the only method is `student`.
@@ -2737,43 +2770,53 @@ def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
     Returns the data, the teacher's embeddings (N, teacher_dim), which are zeros where a clip has
     none, and the teacher's kind and metrics.
     """
-    skipped, out = [], Path(args.out)
+    skipped, out, options = [], Path(args.out), fit_options(args)
+    machine = options["machine"]
     clips, classes = read_clips(args, skipped)
-    if args.method == "student":
-        data = open_data(args, clips, classes, skipped)[0]
-        estimate(args, data, None)
-        return data, None, None
     training = [clip for clip in clips if clip.split == "train"]
-    given = given_teacher(args, clips, out)
-    if given is None:
-        kind = "video" if STUDENT_KIND[args.task] == "audio" else "audio"
-        require(training, kind, "the teacher", "give embeddings with --teacher FOLDER, or train "
-                "without a teacher by --method student")
-        network, its_views = open_teacher(args)
-        data, seen_by_teacher = open_data(args, clips, classes, skipped, its_views)
-        estimate(args, data, None if network else seen_by_teacher)
-        rows, about = embed_clips(args, seen_by_teacher, network, out)
-    else:
+    given, others, network = None, [], None
+    if args.method != "student":
+        given = given_teacher(args, clips, out)
+    if given is not None:
         rows, about = given
         if not any(clip.id in rows for clip in training):
             raise InputError(f"--teacher {args.teacher}: it has no embedding of any of the "
                              f"{len(training):,} training clips, such as {training[0].id}; its "
                              "names must be the clips' ids")
-        usable = []
-        for clip in clips:
-            if clip.split == "eval" or clip.id in rows:
-                usable.append(clip)
-            else:
-                skipped.append((clip.id, "missing: the teacher has no embedding of it"))
-        data = open_data(args, usable, classes, skipped)[0]
-        estimate(args, data, None)
+        lacking = [clip for clip in training if clip.id not in rows]
+        skipped += [(clip.id, "missing: the teacher has no embedding of it") for clip in lacking]
+        clips = [clip for clip in clips if clip.split == "eval" or clip.id in rows]
+    elif args.method != "student":
+        views = make_views(args, TEACHER_KIND[args.task])
+        require(training, views.kind, "the teacher", "give embeddings with --teacher FOLDER, or "
+                "train without a teacher by --method student")
+        network, *others = open_teacher(args.teacher, views, args.device)
+
+    data, *seen_by_teacher = open_data(args, clips, classes, skipped, *others)
+    plan = [("student", data, args.epochs * args.seeds * len(args.method.split(",")))]
+    if others and network is None:
+        plan.insert(0, ("teacher", *seen_by_teacher, args.teacher_epochs))
+    estimate(plan, args.batch_size, args.width, machine)
+    if args.method == "student":
+        return data, None, None
+
+    if others:
+        kind = f"network ({args.teacher})"
+        if network is None:
+            kind = "trained from scratch"
+            network = train_teacher(*seen_by_teacher, out / "teacher", args.seed,
+                                    args.teacher_epochs, **options)
+        # Only of a teacher from scratch is it sure that its classes are the data's.
+        rows, metrics = embed_clips(network, *seen_by_teacher, machine,
+                                    score_it=kind == "trained from scratch")
+        about = {"kind": kind, "metrics": metrics}
     ids = [clip.id for clip in data.clips]
     none = torch.zeros_like(next(iter(rows.values())))
     embeddings = torch.stack([rows.get(name, none) for name in ids])
     about["metrics"] = about["metrics"] or score_probe(data, embeddings)
     if process()[0] == 0 and not (out / "teacher.pt").exists():
         save(out / "teacher.pt", {"ids": ids, "embeddings": embeddings,
-                                  "settings": settings_of(args), **about})
+                                  "settings": options["settings"], **about})
     return data, embeddings, about
 
 SHOWN = "R@1 mAP top1 top5 AUC d_prime".split()     # in the table; results.json has all metrics
@@ -2803,26 +2846,19 @@ def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
             line += f"{cell:>16}"
         print(line)
 
-def save_results(args, data: Data, out: Path, begun: float, about: dict, **more) -> None:
-    """Writes results.json: `about`, the number of clips, `more` and the seconds since `begun`."""
-    results = {"task": args.task, "data": args.data, **about,
-               "clips": {"train": len(data.train), "eval": len(data.eval)}, **more,
-               "seconds": round(time.time() - begun, 1)}
+def save_results(out: Path, data: Data, begun: float, **content) -> None:
+    """Writes results.json: `content`, the number of clips and the seconds since `begun`."""
+    clips = {"train": len(data.train), "eval": len(data.eval)}
+    seconds = round(time.time() - begun, 1)
     if process()[0] == 0:
-        save(out / "results.json", results)
-
-def mean_metrics(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Returns the mean of each metric over the runs of a method."""
-    means = {}
-    for name in runs[0]:
-        means[name] = statistics.mean(run[name] for run in runs)
-    return means
+        save(out / "results.json", {**content, "clips": clips, "seconds": seconds})
 
 def run(args) -> None:
     """Trains every method with every seed on the same data and teacher, and prints the table."""
     begun, out, methods = time.time(), Path(args.out), args.method.split(",")
     data, embeddings, teacher = prepare(args)
-    rows = {}
+    rows, options = {}, fit_options(args)
+    about = {"task": args.task, "data": args.data, "teacher": teacher}
     if teacher is not None:
         rows["teacher"] = [teacher["metrics"]]
     if args.shuffle_teacher and teacher is not None:
@@ -2830,26 +2866,30 @@ def run(args) -> None:
         order = torch.randperm(len(data.train), generator=generator)
         embeddings[data.train] = embeddings[data.train][order]
     several = len(methods) > 1 or args.seeds > 1
+    score_network = partial(evaluate, data=data, machine=options["machine"],
+                            retrieval=args.task == "video_retrieval")
     for seed in range(args.seed, args.seed + args.seeds):
         for method in methods:
             started = time.time()
             folder = out / f"{method}-s{seed}" if several else out
             log.info(f"training {method} with seed {seed} for {args.epochs} epochs")
-            student = fit(args, data, method, seed, embeddings, folder, args.epochs,
-                          args.eval_every)
-            metrics, by_class = evaluate(args, student, data)
+            student = fit(data, method, embeddings, folder, seed, epochs=args.epochs,
+                          eval_every=args.eval_every, **options)
+            metrics, by_class = score_network(student)
             best, metrics_best = load_checkpoint(folder / "best.pt"), metrics
             if best["epoch"] < args.epochs:
                 student.load_state_dict(best["student"])
-                metrics_best, _ = evaluate(args, student, data)
-            about = {"teacher": teacher, "method": method, "seed": seed, "metrics": metrics}
-            save_results(args, data, folder, started, about, epoch=best["epoch"],
-                         metrics_best=metrics_best, by_class=by_class)
+                metrics_best, _ = score_network(student)
+            save_results(folder, data, started, **about, method=method, seed=seed, metrics=metrics,
+                         epoch=best["epoch"], metrics_best=metrics_best, by_class=by_class)
             rows.setdefault(method, []).append(metrics)
     if several:
-        means = {method: mean_metrics(rows[method]) for method in methods}
-        about = {"method": args.method, "seed": args.seed, "metrics": means, "table": rows}
-        save_results(args, data, out, begun, {**about, "teacher": teacher})
+        means = {}
+        for method in methods:
+            runs = rows[method]
+            means[method] = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
+        save_results(out, data, begun, **about, method=args.method, seed=args.seed, metrics=means,
+                     table=rows)
     print_table(rows)
     log.info(f"\nThe table shows the last epoch on {len(data.eval):,} evaluation clips; each run's "
              "results.json also has the best epoch.")
@@ -2863,10 +2903,12 @@ def evaluate_checkpoint(args, saved: dict) -> None:
         raise InputError(f"--checkpoint {args.checkpoint} has {count} classes, such as {known[0]}; "
                          f"--data {args.data} has {len(classes)}, such as {classes[0]}")
     data = open_data(args, clips, classes, skipped)[0]
-    metrics, by_class = evaluate(args, restore(saved, args.device), data)
-    about = {"method": saved["method"], "seed": saved["seed"], "teacher": None,
-             "checkpoint": args.checkpoint, "metrics": metrics}
-    save_results(args, data, Path(args.out), begun, about, by_class=by_class)
+    machine = Machine(args.device, args.amp, args.workers)
+    metrics, by_class = evaluate(restore(saved, args.device), data, machine,
+                                 args.task == "video_retrieval")
+    save_results(Path(args.out), data, begun, task=args.task, data=args.data, teacher=None,
+                 method=saved["method"], seed=saved["seed"], checkpoint=args.checkpoint,
+                 metrics=metrics, by_class=by_class)
     print_table({saved["method"]: [metrics]})
 
 def keep_memory() -> None:
@@ -2903,7 +2945,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
     try:
         args, saved = parse_options(argv)
-        set_up_device(args)
+        args.device = set_up_device(args.device)
         check_options(args, saved)
         log.setLevel(logging.WARNING if args.quiet else logging.INFO)
         if process()[0] > 0:
@@ -2913,7 +2955,9 @@ def main(argv: list[str] | None = None) -> int:
             torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
         torch.backends.cudnn.benchmark = True       # tries kernels, keeps the fastest
         if args.predict:
-            predict_files(args, saved)
+            machine = Machine(args.device, args.amp, args.workers)
+            predict_files(saved, args.predict, args.gallery,
+                          make_views(args, saved["network"]["kind"]), Path(args.cache), machine)
         else:
             chosen = [choose_folder(args)] if process()[0] == 0 else [None]
             args.out = join_shares(chosen)[0]
