@@ -1017,8 +1017,8 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None,
     if not found:
         ids = [clip.id for clip in clips[:3]]
         names = [path[len(root) + 1:] for path in media[:3]]
-        raise InputError(f"{root}: none of the listed clips, {len(clips):,} in all, has a media file "
-                         f"here; the first ids are {ids}, the first files {names}; they must match")
+        raise InputError(f"{root}: none of the listed clips, {len(clips):,} in all, has a file here; "
+                         f"the first ids are {ids}, the first files {names}; they must match")
     return found
 
 def counted(number: int, noun: str) -> str:
