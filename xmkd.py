@@ -1017,7 +1017,7 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None,
     if not found:
         ids = [clip.id for clip in clips[:3]]
         names = [path[len(root) + 1:] for path in media[:3]]
-        raise InputError(f"{root}: none of the listed clips, {len(clips):,} in all, has a file here; "
+        raise InputError(f"{root}: no file here for any listed clip, {len(clips):,} in all; "
                          f"the first ids are {ids}, the first files {names}; they must match")
     return found
 
