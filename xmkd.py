@@ -1026,9 +1026,8 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None,
     if not found:
         ids = [clip.id for clip in clips[:3]]
         names = [path[len(root) + 1:] for path in media[:3]]
-        raise InputError(f"{root}: none of the {counted(len(clips), 'listed clip')} has a media "
-                         f"file here; the first ids are {ids}, the first files {names}; they must "
-                         "match")
+        raise InputError(f"{root}: no file here for any listed clip, {len(clips):,} in all; "
+                         f"the first ids are {ids}, the first files {names}; they must match")
     return found
 
 def counted(number: int, noun: str) -> str:
@@ -1249,10 +1248,8 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
             labels = tuple(sorted(index[name] for name in names))
             start = float(row.get("start") or 0)
             end = float(row["end"]) if row.get("end") else None
-            if not row["id"] or not labels or row["split"] not in ("train", "eval"):
-                raise ValueError("needs an id, the split train or eval, and a label")
-            if not are_times(start, end):
-                raise ValueError("needs 0 <= start < end")
+            if not (row["id"] and labels and row["split"] in MISSING and are_times(start, end)):
+                raise ValueError("needs an id, split train or eval, a label and 0 <= start < end")
         except (KeyError, ValueError) as error:
             raise InputError(f"{path}:{number}: expected id,split,labels and perhaps start,end, "
                              f"got {list(row.values())}: {error}") from None
