@@ -2843,7 +2843,7 @@ def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
             line += f"{cell:>16}"
         print(line)
 
-def save_results(out: Path, data: Data, begun: float, **content) -> None:
+def save_results(out: Path, data: Data, begun: float, /, **content) -> None:
     """Writes results.json: `content`, the number of clips and the seconds since `begun`."""
     clips = {"train": len(data.train), "eval": len(data.eval)}
     seconds = round(time.time() - begun, 1)
