@@ -1940,7 +1940,7 @@ def duration(seconds: float) -> str:
     for unit, length in ("days", 24 * 3600), ("h", 3600), ("min", 60):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 def progress(loader: DataLoader, what: str, rounds: int = 1) -> Iterator:
     """Yields a loader's batches; logs the pace and the time left after 10 s, then every 30 s.
@@ -1955,7 +1955,7 @@ def progress(loader: DataLoader, what: str, rounds: int = 1) -> Iterator:
             shown = time.time()
             pace = (shown - begun) / done
             left = duration(pace * (rounds * len(loader) - done))
-            log.info(f"  {what}: {done:,} of {len(loader):,}, {pace:.2g} s each, {left} left")
+            log.info(f"  {what}: {done:,} of {len(loader):,}, {duration(pace)} each, {left} left")
 
 def memory_in_use() -> float:
     """Returns the peak of the GPU's memory or, without one, what the process holds, in GB."""
@@ -2645,7 +2645,7 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
             "choose another --task")
     lone = lone_labels(clips, classes)
     if lone:
-        log.warning(f"{counted(len(lone), 'label')} in one split only: {', '.join(lone[:9])}")
+        log.warning(f"{counted(len(lone), 'label')} in one split only, such as {lone[0]}")
     if args.per_class:
         clips = limit_classes(clips, args.per_class, args.seed)
     return clips, classes
@@ -2734,13 +2734,13 @@ def estimate(plan: list[tuple[str, Data, int]], batch_size: int, width: int,
     told, total = [], 0.0
     for name, data, epochs in plan:
         each = time_step(data, batch_size, width, machine)
-        told.append(f"{each * batch_size:.2g} s ({name})")
+        told.append(f"{duration(each * batch_size)} ({name})")
         total += each * epochs * len(data.train)
     log.info(f"a step of {batch_size} clips takes {' and '.join(told)}; training about "
              f"{duration(total)} in all")
     if total > 3 * 3600:
-        log.info("smaller: --width 16 --seconds 5 --frames 8 --size 64 --frame-side 112, or fewer "
-                 "--per-class, --epochs and --teacher-epochs")
+        log.info("smaller: --width 16 --seconds 5 --frames 8 --size 64 --frame-side 112, or a "
+                 "lower\n--per-class, --epochs and --teacher-epochs")
 
 # Options that may change on --resume and are not restored from --checkpoint.
 MAY_CHANGE = ("method", "seeds", "out", "cache", "resume", "checkpoint", "predict", "gallery",
