@@ -46,6 +46,7 @@ import shutil
 import signal
 import statistics
 import sys
+import textwrap
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -2645,7 +2646,8 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
             "choose another --task")
     lone = lone_labels(clips, classes)
     if lone:
-        log.warning(f"{counted(len(lone), 'label')} in one split only, such as {lone[0]}")
+        text = f"{counted(len(lone), 'label')} in one split only: {', '.join(lone)}"
+        log.warning(textwrap.shorten(text, 100, placeholder=" ..."))
     if args.per_class:
         clips = limit_classes(clips, args.per_class, args.seed)
     return clips, classes
