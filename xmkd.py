@@ -1935,26 +1935,24 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 def progress(loader: DataLoader, what: str, rounds: int = 1) -> Iterator:
-    """Yields a loader's batches; logs the pace and the time left after 10 s, then every 30 s.
-
-    rounds  how often the loader is still run through, this time included
-    """
+    """Yields a loader's batches; logs the pace and, for `rounds` such passes, the time left."""
     begun = time.time()
-    shown = begun - 20
+    shown = begun - 20                                      # first after 10 s, then every 30 s
     for done, batch in enumerate(loader, 1):
         yield batch
         if time.time() - shown > 30:
             shown = time.time()
             pace = (shown - begun) / done
             left = duration(pace * (rounds * len(loader) - done))
-            log.info(f"  {what}: {done:,} of {len(loader):,}, {pace:.2g} s each, {left} left")
+            where = f"{done:,} of {len(loader):,}"
+            log.info(f"  {what}: {where}, {pace:.2g} s each, {left} left")
 
 def release_memory() -> None:
     """Gives back what was kept, see `keep_memory`, so that `memory_in_use` starts anew."""
+    with suppress(AttributeError, OSError):         # another C library has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 def memory_in_use() -> float:
     """Returns the peak of the GPU's memory or, without one, what the process holds, in GB."""
@@ -1997,11 +1995,8 @@ def predict(network: nn.Module, data: Data, indices: list[int], machine: Machine
     return torch.stack(join_shares(probabilities)), torch.stack(join_shares(embeddings))
 
 def evaluate(network: nn.Module, data: Data, machine: Machine = CPU,
-             retrieval: bool = False) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores the evaluation clips: returns the metrics, and each class's own score.
-
-    retrieval  also searches the training clips for each evaluation clip
-    """
+             retrieval: bool = False) -> tuple[dict, dict]:
+    """Returns the metrics, with `retrieval` also of searching the training clips; and by class."""
     probabilities, queries = predict(network, data, data.eval, machine)
     labels = data.labels(data.eval)
     metrics = score(probabilities, labels)
@@ -2055,9 +2050,8 @@ def train_epoch(loader: DataLoader, student: nn.Module, noise_filter: nn.Module 
                 **options) -> dict[str, float]:
     """Trains on each batch once; returns mean loss terms, `diagnose`'s figures, speed and memory.
 
-    rounds   number of epochs left, for the estimate of the time
-    options  those of `train_step`
-    Raises an InputError that names the step and its clips if a loss is not finite.
+    `rounds` epochs are left; `options` are those of `train_step`. Raises InputError, with the step
+    and its clips, if a loss is not finite.
     """
     prepare_views = Prepare().to(device).train()
     steps, clips, begun = [], [], time.time()
@@ -2106,11 +2100,10 @@ def fit(data: Data, method: str, teacher: Tensor | None, out: Path, seed: int = 
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.75 * epochs)])   # authors
     modules = {"student": student, "filter": noise_filter or nn.Identity(),
                "optimizer": optimizer, "schedule": schedule}
-    settings = settings or {}
+    settings, last = settings or {}, out / "last.pt"
     about = {"method": method, "seed": seed, "task": settings.get("task"), "classes": data.classes,
              "network": network_arguments(student.state_dict())}
-    versions = {"torch": str(torch.__version__), "av": av.__version__}
-    history, best, begun, last = [], -1.0, time.time(), out / "last.pt"
+    history, best, begun = [], -1.0, time.time()
     if resume and last.exists():
         saved = load_checkpoint(last)
         refuse_changes("--resume", last, saved["settings"], settings)
@@ -2119,10 +2112,11 @@ def fit(data: Data, method: str, teacher: Tensor | None, out: Path, seed: int = 
         begun -= history[-1]["seconds"]
         for name, module in modules.items():
             module.load_state_dict(saved[name])
-    about["settings"] = settings
-    save_once(out / "config.json", {**about, "versions": versions})
     if compiled:
         student.compile()
+    about["settings"] = settings
+    versions = {"torch": str(torch.__version__), "av": av.__version__}
+    save_once(out / "config.json", {**about, "versions": versions})
     rank, world = process()
     loader = data.loader(data.train, "train", batch_size // world, machine.workers, seed, teacher)
 
@@ -2165,8 +2159,7 @@ def fit(data: Data, method: str, teacher: Tensor | None, out: Path, seed: int = 
 class KineticsTeacher(nn.Module):
     """Embeds frames prepared as for VideoNet with Kinetics-400's r2plus1d_18: (B, 512), >= 0.
 
-    The embeddings stand in the place of the map and the logits, too, which nothing needs. Raises
-    OSError or RuntimeError if torchvision cannot download the weights.
+    Raises OSError or RuntimeError if torchvision cannot download the weights.
     """
     def __init__(self):
         super().__init__()
@@ -2181,13 +2174,10 @@ class KineticsTeacher(nn.Module):
         frames = frames.transpose(1, 2)                             # (B, T, 3, H, W)
         frames = v2.functional.normalize(frames, self.theirs.mean, self.theirs.std)
         pooled = self.net(frames.transpose(1, 2))                   # (B, 512)
-        return Features(pooled[:, None], pooled, pooled)
+        return Features(pooled[:, None], pooled, pooled)            # nothing needs map and logits
 
 def open_teacher(source: str, views: Views, device: str) -> tuple[nn.Module | None, Views]:
-    """Returns the network that --teacher asks for, or None if one has to be trained, and its views.
-
-    Raises InputError if a checkpoint is of the student's modality.
-    """
+    """Returns the network --teacher asks for, or None if one must be trained, and its views."""
     if os.path.isfile(source):
         saved = load_checkpoint(source)
         if saved["network"]["kind"] != views.kind:
@@ -2199,20 +2189,20 @@ def open_teacher(source: str, views: Views, device: str) -> tuple[nn.Module | No
         try:
             network = KineticsTeacher() if process()[0] == 0 else None
         except (OSError, RuntimeError) as error:
-            reason = f"torchvision cannot download r2plus1d_18 ({error})"
+            reason = f"r2plus1d_18 cannot be downloaded ({error})"
         if join_shares([network is not None])[0]:                   # process 0 has downloaded it
             views = views._replace(side=128, resize=(128, 171), size=112)   # as it was trained
             return (network or KineticsTeacher()).to(device), views
     if source == "auto":
-        log.warning(f"warning: {reason};\n  the teacher is trained from scratch and will be weaker")
+        log.warning(f"warning: the teacher is trained from scratch and will be weaker:\n  {reason}")
     return None, views
 
 def train_teacher(data: Data, out: Path, seed: int, epochs: int, machine: Machine,
                   **options) -> tuple[nn.Module, dict[str, float]]:
     """Trains a teacher on nine tenths of the training clips; returns its best epoch on the rest.
 
-    A network that has memorised its clips would embed their labels, not their content. `options`
-    are those of `fit`. The metrics on the evaluation clips that it can take are returned, too.
+    A network that has memorised its clips would embed their labels, not their content. Its metrics
+    on the evaluation clips that it can take come along; `options` are those of `fit`.
     """
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
     shuffled = [data.train[k] for k in order.tolist()]
@@ -2221,13 +2211,12 @@ def train_teacher(data: Data, out: Path, seed: int, epochs: int, machine: Machin
     log.info(f"training the teacher from scratch for {epochs} epochs")
     fit(parts, "teacher", None, out, seed, machine, epochs, 1, **options)
     best = load_checkpoint(out / "best.pt")
-    log.info(f"teacher: epoch {best['epoch']} is best on {tenth} training clips kept from it")
-    network = restore(best, machine.device)
+    log.info(f"teacher: epoch {best['epoch']} is best on {tenth} training clips it has not seen")
+    network, metrics = restore(best, machine.device), {}
     known = [i for i in data.eval if data.files[i]]
-    if not known:
-        return network, {}
-    probabilities, _ = predict(network, data, known, machine)
-    return network, score(probabilities, data.labels(known))
+    if known:
+        metrics, _ = evaluate(network, data._replace(eval=known), machine)
+    return network, metrics
 
 def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
     """Reads `<clip id>.npy`, (D,) numbers each, anywhere below a folder: {clip id: embedding (D,)}.
@@ -2257,7 +2246,7 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
         raise InputError(f"{folder}: the embeddings differ in length")
     return rows
 
-def given_teacher(args, clips: list[Clip]) -> tuple[dict[str, Tensor] | None, dict]:
+def given_teacher(args, clips: list[Clip]) -> tuple[dict | None, dict]:
     """Returns the embeddings of a folder, another run's teacher.pt or, on --resume, this run's.
 
     They are {clip id: embedding}, or None if a network has to embed the clips; what makes them
@@ -2265,11 +2254,11 @@ def given_teacher(args, clips: list[Clip]) -> tuple[dict[str, Tensor] | None, di
     """
     path, own = Path(args.teacher), Path(args.out, "teacher.pt")
     resumed = args.resume and own.exists()
-    released = find_layout(args.data) in ("release", "activitynet")
     if resumed:
         path = own
-    elif released and args.teacher == "auto" and any(Path(args.data).rglob("*.npy")):
-        path = Path(args.data)                      # the authors publish them with their lists
+    elif args.teacher == "auto" and find_layout(args.data) in ("release", "activitynet"):
+        if any(Path(args.data).rglob("*.npy")):     # the authors publish them with their lists
+            path = Path(args.data)
     if path.is_dir():
         return read_features(path, clips), {"kind": f"embeddings in {path}", "metrics": {}}
     if path.name != "teacher.pt":
@@ -2292,20 +2281,19 @@ def given_teacher(args, clips: list[Clip]) -> tuple[dict[str, Tensor] | None, di
     refuse_changes("--teacher", path, before, {name: vars(args)[name] for name in names})
     return rows, {**about, "metrics": {}}           # its evaluation clips may have been others
 
-def leave_out(clips: list[Clip], rows: dict[str, Tensor], skipped: list) -> list[Clip]:
-    """Returns the clips but those to train on that have no embedding in `rows`; lists these.
-
-    Raises InputError if none is left to train on.
-    """
+def leave_out(clips: list[Clip], rows: dict, skipped: list) -> list[Clip]:
+    """Returns the clips but those to train on that have no embedding in `rows`; lists these."""
     lacking = [clip for clip in clips if clip.split == "train" and clip.id not in rows]
     skipped += [(clip.id, "missing: the teacher has no embedding of it") for clip in lacking]
-    if len(lacking) == sum(clip.split == "train" for clip in clips):
+    kept = [clip for clip in clips if clip.split == "eval" or clip.id in rows]
+    if all(clip.split == "eval" for clip in kept):
         raise InputError(f"--teacher has no embedding of any of the {len(lacking):,} training clips"
                          f", such as {lacking[0].id}; its names must be the clips' ids")
-    return [clip for clip in clips if clip.split == "eval" or clip.id in rows]
+    return kept
 
 def embed_clips(network: nn.Module, data: Data, machine: Machine = CPU) -> dict[str, Tensor]:
     """Embeds all clips of `data` that have the network's modality: {clip id: embedding (D,)}."""
+    log.info("embedding the clips with the teacher")
     known = [i for i in data.train + data.eval if data.files[i]]
     _, embeddings = predict(network, data, known, machine)
     return {data.clips[i].id: row for i, row in zip(known, embeddings)}
@@ -2335,14 +2323,12 @@ def predict_files(saved: dict, paths: list[str], folder: str | None, views: View
                   machine: Machine) -> None:
     """Prints the five likeliest classes of each file or, with a `folder`, its five nearest clips.
 
-    saved  a loaded checkpoint
-    A file that cannot be used is named. Raises InputError in the end if there was one.
+    `saved` is a loaded checkpoint. Raises InputError in the end if a file could not be used.
     """
     kind, count = saved["network"]["kind"], saved["network"]["num_classes"]
     names = saved["classes"] or [f"class {k}" for k in range(count)]
-    files, gallery = list_files(paths, kind), []
-    if folder:
-        gallery = list_files([folder], kind)
+    files = list_files(paths, kind)
+    gallery = list_files([folder], kind) if folder else []
     clips = [Clip(path, (0,), "eval", path, path, cut=True) for path in files + gallery]
     decoded = decode_all(clips, [views], cache, machine.workers)
     reasons = {clip.id: reason for clip, (_, reason) in zip(clips, decoded) if reason}
@@ -2484,11 +2470,8 @@ def build_parser() -> Parser:
     return parser
 
 def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """Returns the options and the content of --checkpoint.
-
-    The command line takes precedence, then the checkpoint's settings, then the recipe.
-    """
-    parser = build_parser()
+    """Returns the options and the content of --checkpoint."""
+    parser = build_parser()                 # command line before checkpoint before recipe
     args = parser.parse_args(argv)
     saved = load_checkpoint(args.checkpoint) if args.checkpoint else {"settings": {}}
     kept = {name: value for name, value in saved["settings"].items()
@@ -2505,10 +2488,7 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     return args, saved
 
 def set_up_device(device: str) -> str:
-    """Returns the device to use and, under torchrun, joins the processes, each with its own GPU.
-
-    Raises InputError if the device or a part of torchrun's environment is missing.
-    """
+    """Returns the device to use and, under torchrun, joins the processes, each with its own GPU."""
     launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: choose cpu, cuda or one GPU, such as cuda:1")
@@ -2519,6 +2499,9 @@ def set_up_device(device: str) -> str:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         if torch.zeros(1, device=device).is_cuda:
             torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True       # tries kernels, keeps the fastest
+        if "OMP_NUM_THREADS" not in os.environ:     # half of the cores are left to the loader
+            torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
         return device
     except (AssertionError, KeyError, RuntimeError, ValueError) as error:
         cause = "RANK or WORLD_SIZE in the environment" if launched else f"--device {device}"
@@ -2552,8 +2535,7 @@ def check_options(args, saved: dict) -> None:
 def choose_folder(args) -> str:
     """Makes a run folder, or finds the one that --resume continues; returns its path and says so.
 
-    Without --out, a run that lies there already is kept: the next one's name ends in -2, -3, ...
-    Raises InputError if --out holds another run.
+    A folder that holds a run is refused if --out asks for it; else the name ends in -2, -3, ...
     """
     what = "eval" if args.checkpoint else args.method.replace(",", "-")
     fold = f"-f{args.fold}" if args.fold > 1 else ""
@@ -2561,11 +2543,8 @@ def choose_folder(args) -> str:
     folders = [Path(args.out or name)]
     while not args.out and folders[-1].exists():
         folders.append(Path(f"{name}-{len(folders) + 1}"))
-    runs = []
-    for folder in folders:
-        signs = ("config.json", "results.json", "teacher.pt", "*/config.json")
-        if any(list(folder.glob(sign)) for sign in signs):
-            runs.append(folder)
+    signs = ("config.json", "results.json", "teacher.pt", "*/config.json")
+    runs = [folder for folder in folders if any(list(folder.glob(sign)) for sign in signs)]
     resumes = args.resume and not args.checkpoint and runs
     folder = runs[-1] if resumes else folders[-1]
     several = "," in args.method or args.seeds > 1
@@ -2590,8 +2569,7 @@ def choose_folder(args) -> str:
 def make_views(args, kind: str) -> Views:
     """Returns the windows of "audio" or "video" that the options ask for."""
     return Views(kind, frames=args.frames, fps=args.fps, size=args.size, seconds=args.seconds,
-                 side=args.frame_side, crop_area=args.crop_area, flip=args.flip,
-                 strong=args.strong)
+                 side=args.frame_side, crop_area=args.crop_area, flip=args.flip, strong=args.strong)
 
 def require(clips: list[Clip], kind: str, who: str, remedy: str) -> None:
     """Raises InputError, which ends in `remedy`, if no clip has the `kind` that `who` needs."""
@@ -2647,11 +2625,7 @@ def limit_classes(clips: list[Clip], per_class: int, seed: int) -> list[Clip]:
 
 def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
               *others: Views) -> list[Data]:
-    """Decodes a data set; returns one Data with the student's views and one for each of `others`.
-
-    Clips that cannot be used are left out; skipped.csv says why. Raises InputError if too many are
-    unreadable or too few are left.
-    """
+    """Decodes a data set; returns a Data with the student's views and one for each of `others`."""
     least = 2 * process()[1]                                # training clips
     if args.checkpoint and args.task != "video_retrieval":
         least = 0
@@ -2682,20 +2656,15 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
         parts.append(Data(usable, classes, tags, train, evaluation, view, files))
     return parts
 
-def estimate(plan: list[tuple[str, Data, int]], batch_size: int, width: int,
-             machine: Machine) -> None:
-    """Times a step of each network in `plan` (name, data, epochs); logs the time of all training.
-
-    Neither evaluation nor what --resume saves is counted.
-    """
+def estimate(plan: list[tuple], batch_size: int, width: int, machine: Machine) -> None:
+    """Times a step of each network in `plan` (name, data, epochs); logs how long all takes."""
     log.info("timing a training step")
     world, told, total = process()[1], [], 0.0
     for name, data, epochs in plan:
         student, _, optimizer = build(data, "student", 0, device=machine.device, width=width)
-        prepare_views = Prepare().to(machine.device)
-        loader = data.loader(data.train, "train", batch_size // world, 0)
-        _, windows, _, labels, _ = next(iter(loader))
-        for size in 4, len(labels), len(labels):            # a GPU's first steps are slow
+        prepare_views, count = Prepare().to(machine.device), batch_size // world
+        _, windows, _, labels, _ = next(iter(data.loader(data.train, "train", count, 0)))
+        for size in 4, count, count:                        # a GPU's first steps are slow
             begun = time.time()
             inputs = prepare_views(windows[:size].to(machine.device))
             terms = train_step(student, None, optimizer, inputs, None,
@@ -2735,20 +2704,19 @@ def fit_options(args) -> dict:
 def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
     """Reads and decodes the data set, and embeds its clips unless the only method is `student`.
 
-    Returns the data, the teacher's embeddings (N, teacher_dim), which are zeros where a clip has
-    none, and the teacher's kind and metrics.
+    Returns the data, embeddings (N, teacher_dim), zeros where a clip has none, and who made them.
     """
     skipped, rows, network, views = [], None, None, []
     clips, classes = read_clips(args, skipped)
     if args.method != "student":
         rows, about = given_teacher(args, clips)
-        if rows is not None:
-            clips = leave_out(clips, rows, skipped)
-        else:
-            wanted = make_views(args, TEACHER_KIND[args.task])
-            require([clip for clip in clips if clip.split == "train"], wanted.kind, "the teacher",
-                    "give embeddings with --teacher FOLDER, or train by --method student")
-            network, *views = open_teacher(args.teacher, wanted, args.device)
+    if rows is not None:
+        clips = leave_out(clips, rows, skipped)
+    elif args.method != "student":
+        wanted = make_views(args, TEACHER_KIND[args.task])
+        require([clip for clip in clips if clip.split == "train"], wanted.kind, "the teacher",
+                "give embeddings with --teacher FOLDER, or train by --method student")
+        network, *views = open_teacher(args.teacher, wanted, args.device)
 
     data, *seen = open_data(args, clips, classes, skipped, *views)      # by student and teacher
     plan = [("student", data, args.epochs * args.seeds * len(args.method.split(",")))]
@@ -2760,27 +2728,24 @@ def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
 
     out, options = Path(args.out), fit_options(args)
     if seen and network is None:
-        network, metrics = train_teacher(*seen, out / "teacher", args.seed, args.teacher_epochs,
-                                         **options)
-        about = {"kind": "trained from scratch", "metrics": metrics}
+        about["kind"] = "trained from scratch"
+        network, about["metrics"] = train_teacher(*seen, out / "teacher", args.seed,
+                                                  args.teacher_epochs, **options)
     if seen:
-        log.info("embedding the clips with the teacher")
         rows = embed_clips(network, *seen, args.machine)
-    ids = [clip.id for clip in data.clips]
     none = torch.zeros_like(next(iter(rows.values())))
-    embeddings = torch.stack([rows.get(name, none) for name in ids])
+    embeddings = torch.stack([rows.get(clip.id, none) for clip in data.clips])
     about["metrics"] = about["metrics"] or score_probe(data, embeddings)
     if not (out / "teacher.pt").exists():
-        save_once(out / "teacher.pt", {"ids": ids, "embeddings": embeddings,
-                                       "settings": options["settings"], **about})
+        save_once(out / "teacher.pt", {"ids": [clip.id for clip in data.clips], **about,
+                                       "embeddings": embeddings, "settings": options["settings"]})
     return data, embeddings, about
 
 SHOWN = "R@1 mAP top1 top5 AUC d_prime".split()     # in the table; results.json has all metrics
 
-def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
-    """Prints the mean of the main metrics by method and, over several seeds, their deviation.
-
-    With several seeds, gains over `student`, paired by seed, follow with their standard errors.
+def print_table(rows: dict[str, list[dict]]) -> None:
+    """Prints the main metrics by method: over several seeds, means with standard deviations, then
+    gains over `student`, paired by seed, with standard errors.
     """
     table, alone = dict(rows), rows.get("student", [])
     for method, runs in rows.items():
@@ -2800,52 +2765,45 @@ def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
             line += f"{cell:>16}"
         print(line)
 
-def save_results(out: Path, begun: float, results: dict) -> None:
-    """Writes results.json, with the seconds since `begun`."""
-    save_once(out / "results.json", {**results, "seconds": round(time.time() - begun, 1)})
-
 def run(args) -> None:
     """Trains every method with every seed on the same data and teacher, and prints the table."""
     begun, out, methods = time.time(), Path(args.out), args.method.split(",")
     data, embeddings, teacher = prepare(args)
     about = {"task": args.task, "data": args.data, "teacher": teacher,
              "clips": {"train": len(data.train), "eval": len(data.eval)}}
-    rows, options = {}, fit_options(args)
-    if teacher is not None:
-        rows["teacher"] = [teacher["metrics"]]
-        if args.shuffle_teacher:
-            generator = torch.Generator().manual_seed(args.seed)
-            order = torch.randperm(len(data.train), generator=generator)
-            embeddings[data.train] = embeddings[data.train][order]
+    rows = {} if teacher is None else {"teacher": [teacher["metrics"]]}
+    if teacher is not None and args.shuffle_teacher:
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(args.seed))
+        embeddings[data.train] = embeddings[data.train][order]
     several = len(methods) > 1 or args.seeds > 1
-    score_network = partial(evaluate, data=data, machine=args.machine,
-                            retrieval=args.task == "video_retrieval")
+    retrieval = args.task == "video_retrieval"
     for seed in range(args.seed, args.seed + args.seeds):
         for method in methods:
             started = time.time()
             folder = out / f"{method}-s{seed}" if several else out
             log.info(f"training {method} with seed {seed} for {args.epochs} epochs")
             student = fit(data, method, embeddings, folder, seed, epochs=args.epochs,
-                          eval_every=args.eval_every, **options)
-            metrics, by_class = score_network(student)
+                          eval_every=args.eval_every, **fit_options(args))
+            metrics, by_class = evaluate(student, data, args.machine, retrieval)
             best, metrics_best = load_checkpoint(folder / "best.pt"), metrics
             if best["epoch"] < args.epochs:
                 student.load_state_dict(best["student"])
-                metrics_best, _ = score_network(student)
-            save_results(folder, started, {
-                **about, "method": method, "seed": seed, "metrics": metrics,
-                "epoch": best["epoch"], "metrics_best": metrics_best, "by_class": by_class})
+                metrics_best, _ = evaluate(student, data, args.machine, retrieval)
+            save_once(folder / "results.json", {
+                **about, "method": method, "seed": seed, "seconds": round(time.time() - started, 1),
+                "metrics": metrics, "epoch": best["epoch"], "metrics_best": metrics_best,
+                "by_class": by_class})
             rows.setdefault(method, []).append(metrics)
     if several:
         means = {}
         for method in methods:
             runs = rows[method]
             means[method] = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
-        save_results(out, begun, {**about, "method": args.method, "seed": args.seed,
-                                  "metrics": means, "table": rows})
+        save_once(out / "results.json", {
+            **about, "method": args.method, "seed": args.seed, "metrics": means, "table": rows,
+            "seconds": round(time.time() - begun, 1)})
     print_table(rows)
-    log.info(f"\nThe table shows the last epoch on {len(data.eval):,} evaluation clips; "
-             "results.json also has the best one.")
+    log.info("\nThe table shows the last epoch; each run's results.json also has the best one.")
 
 def evaluate_checkpoint(args, saved: dict) -> None:
     """Evaluates --checkpoint on a data set. Raises InputError if its classes differ."""
@@ -2858,10 +2816,11 @@ def evaluate_checkpoint(args, saved: dict) -> None:
     [data] = open_data(args, clips, classes, skipped)
     metrics, by_class = evaluate(restore(saved, args.device), data, args.machine,
                                  args.task == "video_retrieval")
-    save_results(Path(args.out), begun, {
+    save_once(Path(args.out, "results.json"), {
         "task": args.task, "data": args.data, "teacher": None, "method": saved["method"],
         "seed": saved["seed"], "checkpoint": args.checkpoint, "metrics": metrics,
-        "by_class": by_class, "clips": {"train": len(data.train), "eval": len(data.eval)}})
+        "by_class": by_class, "clips": {"train": len(data.train), "eval": len(data.eval)},
+        "seconds": round(time.time() - begun, 1)})
     print_table({saved["method"]: [metrics]})
 
 def keep_memory() -> None:
@@ -2874,11 +2833,11 @@ def explain(error: Exception) -> str:
     """Returns an error as one line with its remedy, or "" if it is a fault of this program."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = lines[-1].rstrip(".").rpartition("InputError: ")[2]    # a loader process adds more
-    shared = ("DataLoader worker", "shared memory", "28] No space left on device")
-    full = ("MemoryError", "allocate memory", "Unable to allocate", "out of memory")
-    if any(words in reason for words in shared) and not getattr(error, "filename", None):
+    shared = r"DataLoader worker|shared memory|28\] No space left on device"
+    full = r"MemoryError|allocate memory|Unable to allocate|out of memory"
+    if re.search(shared, reason) and not getattr(error, "filename", None):
         reason += "; --workers 0 needs less memory and no /dev/shm"
-    elif any(words in reason for words in full):
+    elif re.search(full, reason):
         reason += "; the memory is full: lower --workers, --batch-size or --frames"
     elif isinstance(error, RuntimeError):
         return ""
@@ -2899,9 +2858,6 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
         log.setLevel(logging.WARNING if args.quiet else logging.INFO)
         keep_memory()
-        if "OMP_NUM_THREADS" not in os.environ:     # half of the cores are left to the loader
-            torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-        torch.backends.cudnn.benchmark = True       # tries kernels, keeps the fastest
         if args.predict:
             views = make_views(args, saved["network"]["kind"])
             predict_files(saved, args.predict, args.gallery, views, Path(args.cache), args.machine)
