@@ -2171,7 +2171,7 @@ class KineticsTeacher(nn.Module):
 
     def forward(self, frames: Tensor) -> Features:
         frames = frames * self.ours.std + self.ours.mean            # 0..1 again
-        frames = frames.transpose(1, 2)                             # (B, T, 3, H, W)
+        frames = frames.transpose(1, 2)             # (B, T, 3, H, W), as torchvision normalises
         frames = v2.functional.normalize(frames, self.theirs.mean, self.theirs.std)
         pooled = self.net(frames.transpose(1, 2))                   # (B, 512)
         return Features(pooled[:, None], pooled, pooled)            # nothing needs map and logits
@@ -2744,13 +2744,11 @@ def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
 SHOWN = "R@1 mAP top1 top5 AUC d_prime".split()     # in the table; results.json has all metrics
 
 def print_table(rows: dict[str, list[dict]]) -> None:
-    """Prints the main metrics by method: over several seeds, means with standard deviations, then
-    gains over `student`, paired by seed, with standard errors.
-    """
+    """Prints the mean of the main metrics by method and, over several seeds, their deviation."""
     table, alone = dict(rows), rows.get("student", [])
     for method, runs in rows.items():
         if len(alone) > 1 and method not in ("student", "teacher"):
-            table[f"{method} - student"] = [
+            table[f"{method} - student"] = [        # gains, paired by seed, with standard errors
                 {name: run[name] - base[name] for name in base} for run, base in zip(runs, alone)]
     names = [name for name in SHOWN if name in list(rows.values())[-1][0]]
     print("\n" + " " * 18 + "".join(f"{name:>16}" for name in names))
