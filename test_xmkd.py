@@ -793,7 +793,7 @@ def test_what_a_run_has_written_is_never_lost(tmp_path, demo, monkeypatch, capsy
     for name, more in ("", []), ("-2", []), ("-f2", ["--fold", "2"]), ("-3", ["--width", "3"]):
         assert xmkd.main(options + more) == 0
         assert (run.parent / f"{run.name}{name}/results.json").exists()
-    assert f"{run}-2 is kept; this run goes to {run}-3\n" in capsys.readouterr().out
+    assert f"this run goes to {run}-3; others are kept\n" in capsys.readouterr().out
     assert xmkd.main(options + ["--width", "3", "--resume"]) == 0       # the last of the three
     assert capsys.readouterr().out.startswith(f"continuing after epoch 1 of 1 in {run}-3\n")
     for more in [

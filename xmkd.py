@@ -42,7 +42,6 @@ import logging
 import math
 import os
 import re
-import shutil
 import signal
 import statistics
 import sys
@@ -161,13 +160,16 @@ class ModalityNoiseFilter(nn.Module):
 
     forward(teacher (B, teacher_dim), student_map (B, K, D)) -> Filtered; training needs B > 1.
     If `teacher_dim` differs from `dim`, which is D, a linear adapter comes first (ours). `heads`
-    must divide `dim`. The filter is trained by the losses in `train_step`.
-    The attributes have the names of the released checkpoints, so that their weights fit.
+    must divide `dim`. Raises ValueError if a width does not fit. The losses in `train_step` train
+    it. The attributes have the names of the released checkpoints, so that their weights fit.
     """
     def __init__(self, num_classes: int, dim: int = 512, heads: int = 2,
                  teacher_dim: int | None = None):
         super().__init__()
         teacher_dim = teacher_dim or dim
+        if dim % heads:
+            raise ValueError(f"dim is {dim}, but must be a multiple of the {heads} heads")
+        self.widths = teacher_dim, dim
         self.adapter = nn.Identity() if teacher_dim == dim else nn.Linear(teacher_dim, dim)
         self.gated_feature_composer = nn.Sequential(
             nn.Linear(2 * dim, dim // 2), nn.BatchNorm1d(dim // 2), nn.ReLU(),              # W1
@@ -177,6 +179,9 @@ class ModalityNoiseFilter(nn.Module):
         self.sv_cls_classifier = nn.Linear(dim, num_classes)                                # W4
 
     def forward(self, teacher: Tensor, student_map: Tensor) -> Filtered:
+        widths = teacher.shape[1], student_map.shape[2]
+        if widths != self.widths:
+            raise ValueError(f"teacher and student are {widths} wide; the filter is {self.widths}")
         teacher = self.adapter(teacher)                                     # (B, D)
         context = torch.cat([teacher, student_map.mean(1)], dim=1)          # (B, 2D)
         gate = self.gated_feature_composer(context).sigmoid()               # (B, D)
@@ -186,9 +191,9 @@ class ModalityNoiseFilter(nn.Module):
         logits = self.sv_cls_classifier(evidence)                           # (B, C)
         return Filtered(purified, evidence, logits, gate, attention[:, 0], teacher)
 
-def gather(part: Tensor) -> Tensor:
+def gather(part: Tensor | None) -> Tensor | None:
     """Joins the parts of a batch that torchrun's processes hold; only the own one has gradients."""
-    if not dist.is_initialized():
+    if part is None or not dist.is_initialized():
         return part
     part = part.contiguous()
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
@@ -196,13 +201,18 @@ def gather(part: Tensor) -> Tensor:
     parts[dist.get_rank()] = part
     return torch.cat(parts)
 
-def sum_gradients(module: nn.Module, average: bool = False) -> None:
-    """Replaces each gradient by its sum, or its average, over the processes of torchrun."""
-    for parameter in module.parameters():
-        if dist.is_initialized() and parameter.grad is not None:
-            dist.all_reduce(parameter.grad)
-            if average:
-                parameter.grad /= dist.get_world_size()
+def sum_gradients(student: nn.Module, noise_filter: nn.Module | None) -> None:
+    """Gives every process of torchrun the gradients of the whole batch.
+
+    A process has the student's gradients of its own clips, so they are added. It has the filter's
+    of all clips already, up to rounding; the mean keeps the filters equal to the last digit.
+    """
+    for module in student, noise_filter or nn.Identity():
+        for parameter in module.parameters():
+            if dist.is_initialized() and parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                if module is noise_filter:
+                    parameter.grad /= dist.get_world_size()
 
 def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: torch.optim.Optimizer,
                inputs: Tensor, teacher: Tensor | None, labels: Tensor, offset: float = 0.07,
@@ -222,9 +232,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
         features = student.train()(inputs)                                      # 1. student
     features = Features(*[gather(part.to(inputs.dtype)) for part in features])
-    labels = gather(labels)
-    if teacher is not None:
-        teacher = gather(teacher)
+    labels, teacher = gather(labels), gather(teacher)
     terms = {"cls": classification_loss(features.logits, labels)}
     filter_terms = {}
 
@@ -246,39 +254,17 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         terms["distill"] = noise_filter.train()(features, teacher, labels)
 
     sum(terms.values()).backward()                                              # 5. L_student
-    sum_gradients(student)      # each process has only the gradient of its own clips
-    if noise_filter is not None:
-        # Each process has computed the gradient of all clips; the mean keeps the filters equal.
-        sum_gradients(noise_filter, average=True)
+    sum_gradients(student, noise_filter)
     optimizer.step()                                                            # 6. Adam
     return {name: term.detach() for name, term in (terms | filter_terms).items()}
 
-@torch.no_grad()
-def diagnose(student: nn.Module, noise_filter: nn.Module | None, inputs: Tensor,
-             teacher: Tensor | None) -> dict[str, float]:
-    """Returns figures of one batch, in evaluation mode, that show whether training is stuck."""
-    features = student.eval()(inputs)
-    cosines = cosine_matrix(features.pooled, features.pooled).fill_diagonal_(0)
-    pairs = max(1, len(inputs) * (len(inputs) - 1))
-    figures = {"cosine": cosines.sum().item() / pairs}      # near 1: all clips look the same
-    if isinstance(noise_filter, ModalityNoiseFilter):
-        filtered = noise_filter.eval()(teacher, features.map)
-        figures["gate"] = filtered.gate.mean().item()       # at 1, the whole teacher passes
-        entropy = torch.special.entr(filtered.attention).sum(1).mean().item()
-        most = math.log(max(2, features.map.shape[1]))      # log K
-        figures["entropy"] = entropy / most                 # at 1, all positions count equally
-    return figures
-
 def make_optimizer(student: nn.Module, noise_filter: nn.Module | None, lr: float = 3e-4,
                    weight_decay: float = 5e-4, filter_lr: float = 0.2) -> torch.optim.Adam:
-    """Returns the authors' Adam: the student learns at `lr`, the filter at `filter_lr` * `lr`.
-
-    All weights decay, those of normalisation layers, too.
-    """
+    """Returns the authors' Adam: the student learns at `lr`, the filter at `filter_lr` * `lr`."""
     groups = [{"params": list(student.parameters()), "lr": lr}]
     if noise_filter is not None:
         groups.append({"params": list(noise_filter.parameters()), "lr": filter_lr * lr})
-    return torch.optim.Adam(groups, weight_decay=weight_decay)
+    return torch.optim.Adam(groups, weight_decay=weight_decay)      # of normalisation layers, too
 
 # -------------------- 2. Compared methods, each loss with weight 1 (ours) --------------------
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
@@ -287,12 +273,11 @@ def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
         return logits.log_softmax(1)
     return torch.cat([F.logsigmoid(logits), F.logsigmoid(-logits)], dim=1)
 
-def kd_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor,
-            temperature: float = 4.0) -> Tensor:
+def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4.0) -> Tensor:
     """Compares softened predictions, both (B, C) logits (Hinton et al. 2015, arXiv 1503.02531)."""
-    student = log_probabilities(logits / temperature, labels)
-    teacher = log_probabilities(teacher_logits / temperature, labels)
-    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    ours = log_probabilities(student / temperature, labels)
+    theirs = log_probabilities(teacher / temperature, labels)
+    divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return divergence * temperature ** 2
 
 def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
@@ -542,12 +527,11 @@ class AudioNet(nn.Module):
 def make_network(kind: str, num_classes: int, width: int, **more) -> nn.Module:
     """Returns a VideoNet or AudioNet for "video" or "audio", with D = 8 * width.
 
-    `more` goes to its constructor; dim=None is a student of sound, see AudioNet. Channels-last
-    memory makes a step 1.1 to 1.5 times as fast.
+    `more` goes to its constructor. Channels-last memory makes a step 1.1 to 1.5 times as fast.
     """
     if kind == "video":
         return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)
-    more.setdefault("dim", None)
+    more.setdefault("dim", None)                            # a student of sound, see AudioNet
     return AudioNet(num_classes, width, **more).to(memory_format=torch.channels_last)
 
 class Prepare(nn.Module):
@@ -1936,6 +1920,11 @@ def join_shares(rows: list) -> list:
         joined[rank::len(shares)] = rows
     return joined
 
+def save_once(path: Path, content: object) -> None:
+    """Saves a file of a run folder; under torchrun, process 0 does it for all."""
+    if process()[0] == 0:
+        save(path, content)
+
 def duration(seconds: float) -> str:
     """Says in words how long something takes, such as "40 s", "12 min" or "34 h"."""
     for unit, length in ("days", 24 * 3600), ("h", 3600), ("min", 60):
@@ -1944,12 +1933,9 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 def progress(loader: DataLoader, what: str, rounds: int = 1) -> Iterator:
-    """Yields a loader's batches; logs the pace and the time left after 10 s, then every 30 s.
-
-    rounds  how often the loader is still run through, this time included
-    """
+    """Yields a loader's batches; logs the pace and, for `rounds` such passes, the time left."""
     begun = time.time()
-    shown = begun - 20
+    shown = begun - 20                                      # first after 10 s, then every 30 s
     for done, batch in enumerate(loader, 1):
         yield batch
         if time.time() - shown > 30:
@@ -1957,6 +1943,13 @@ def progress(loader: DataLoader, what: str, rounds: int = 1) -> Iterator:
             pace = (shown - begun) / done
             left = duration(pace * (rounds * len(loader) - done))
             log.info(f"  {what}: {done:,} of {len(loader):,}, {duration(pace)} each, {left} left")
+
+def release_memory() -> None:
+    """Gives back what was kept, see `keep_memory`, so that `memory_in_use` starts anew."""
+    with suppress(AttributeError, OSError):         # another C library has no malloc_trim
+        ctypes.CDLL(None).malloc_trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 def memory_in_use() -> float:
     """Returns the peak of the GPU's memory or, without one, what the process holds, in GB."""
@@ -1981,16 +1974,16 @@ def predict(network: nn.Module, data: Data, indices: list[int], machine: Machine
     Under torchrun the processes share the work, and each returns all. The result is on the CPU.
     """
     rank, world = process()
-    device = torch.device(machine.device)
     network.eval()
-    prepare_views = Prepare().to(device).eval()
+    prepare_views = Prepare().to(machine.device).eval()
     loader = data.loader(indices[rank::world], mode, 8, machine.workers)
     probabilities, embeddings = [], []
     for _, windows, counts, _, _ in progress(loader, "evaluating"):
         scores, pooled = [], []
         for part in windows.split(64):                              # a long clip has many windows
-            with torch.autocast(device.type, torch.bfloat16, enabled=machine.amp):
-                features = network(prepare_views(part.to(device)))
+            inputs = prepare_views(part.to(machine.device))
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=machine.amp):
+                features = network(inputs)
             logits = features.logits.float()
             scores.append(logits.sigmoid() if data.tags else logits.softmax(1))
             pooled.append(features.pooled.float())
@@ -1999,11 +1992,8 @@ def predict(network: nn.Module, data: Data, indices: list[int], machine: Machine
     return torch.stack(join_shares(probabilities)), torch.stack(join_shares(embeddings))
 
 def evaluate(network: nn.Module, data: Data, machine: Machine = CPU,
-             retrieval: bool = False) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores the evaluation clips: returns the metrics, and each class's own score.
-
-    retrieval  also searches the training clips for each evaluation clip
-    """
+             retrieval: bool = False) -> tuple[dict, dict]:
+    """Returns the metrics, with `retrieval` also of searching the training clips; and by class."""
     probabilities, queries = predict(network, data, data.eval, machine)
     labels = data.labels(data.eval)
     metrics = score(probabilities, labels)
@@ -2022,32 +2012,43 @@ def build(data: Data, method: str, seed: int, teacher: Tensor | None = None, dev
           offset: float = 0.07) -> tuple:
     """Returns what a method trains, initialised by the seed: student, noise filter, optimizer."""
     torch.manual_seed(seed)
-    classes, dim = len(data.classes), 8 * width
-    more = {}
-    if method == "teacher" and data.views.kind == "audio":
-        more["dim"] = dim                                           # with PANNs' head
-    student = make_network(data.views.kind, classes, width, **more).to(device)
+    kind, classes, dim = data.views.kind, len(data.classes), 8 * width
+    head = {"dim": dim} if method == "teacher" and kind == "audio" else {}      # PANNs' head
+    student = make_network(kind, classes, width, **head).to(device)
     if process()[1] > 1 and str(device).startswith("cuda"):
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     noise_filter, filter_lr = None, 1.0
     if method in ("xmkd", "mnf"):
-        noise_filter = ModalityNoiseFilter(classes, dim, teacher_dim=teacher.shape[1])
+        noise_filter = ModalityNoiseFilter(classes, dim, teacher_dim=teacher.shape[1]).to(device)
         filter_lr = 0.2                                             # authors
     elif method in Distiller.methods:
         probe = fit_probe(data, teacher) if method == "kd" else None
-        noise_filter = Distiller(method, classes, dim, teacher.shape[1], offset, probe)
-    if noise_filter is not None:
-        noise_filter = noise_filter.to(device)
+        noise_filter = Distiller(method, classes, dim, teacher.shape[1], offset, probe).to(device)
     return student, noise_filter, make_optimizer(student, noise_filter, lr, weight_decay, filter_lr)
+
+@torch.no_grad()
+def diagnose(student: nn.Module, noise_filter: nn.Module | None, inputs: Tensor,
+             teacher: Tensor | None) -> dict[str, float]:
+    """Returns figures of one batch, in evaluation mode, that show whether training is stuck."""
+    features = student.eval()(inputs)
+    cosines = cosine_matrix(features.pooled, features.pooled).fill_diagonal_(0)
+    pairs = max(1, len(inputs) * (len(inputs) - 1))
+    figures = {"cosine": cosines.sum().item() / pairs}      # near 1: all clips look the same
+    if isinstance(noise_filter, ModalityNoiseFilter):
+        filtered = noise_filter.eval()(teacher, features.map)
+        figures["gate"] = filtered.gate.mean().item()       # at 1, the whole teacher passes
+        entropy = torch.special.entr(filtered.attention).sum(1).mean().item()
+        most = math.log(max(2, features.map.shape[1]))      # log K
+        figures["entropy"] = entropy / most                 # at 1, all positions count equally
+    return figures
 
 def train_epoch(loader: DataLoader, student: nn.Module, noise_filter: nn.Module | None,
                 optimizer: torch.optim.Optimizer, device: str = "cpu", rounds: int = 1,
                 **options) -> dict[str, float]:
     """Trains on each batch once; returns mean loss terms, `diagnose`'s figures, speed and memory.
 
-    rounds   number of epochs left, for the estimate of the time
-    options  those of `train_step`
-    Raises an InputError that names the step and its clips if a loss is not finite.
+    `rounds` epochs are left; `options` are those of `train_step`. Raises InputError, with the step
+    and its clips, if a loss is not finite.
     """
     prepare_views = Prepare().to(device).train()
     steps, clips, begun = [], [], time.time()
@@ -2077,29 +2078,6 @@ def refuse_changes(option: str, path: Path, before: dict, now: dict) -> None:
             raise InputError(f"{option}: {name} was {before.get(name)} in {path} and is now {value}"
                              f"; keep it or give another {option.replace('resume', 'out')}")
 
-def load_unchanged(path: Path, about: dict) -> dict:
-    """Loads the checkpoint of a run to resume. Raises InputError if the run was another."""
-    saved = load_checkpoint(path)
-    refuse_changes("--resume", path, saved["settings"], about["settings"])
-    refuse_changes("--resume", path, saved, {**about, "settings": saved["settings"]})
-    return saved
-
-def release_memory() -> None:
-    """Gives back what was kept, see `keep_memory`, so that `memory_in_use` starts anew."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-def log_epoch(name: str, row: dict[str, float], metrics: dict[str, float]) -> None:
-    """Logs the two first metrics, the losses and the time in at most 100 columns."""
-    shown = dict(list(metrics.items())[:2])
-    for term in "cls", "csc", "distill", "cosine":
-        if term in row:
-            shown[term] = row[term]
-    figures = "  ".join(f"{term} {value:.3f}" for term, value in shown.items())
-    log.info(f"  {name}  {figures}  {duration(row['seconds'])}")
-
 def fit(data: Data, method: str, teacher: Tensor | None, out: Path, seed: int = 3,
         machine: Machine = CPU, epochs: int = 200, eval_every: int = 5, batch_size: int = 32,
         lr: float = 3e-4, weight_decay: float = 5e-4, width: int = 64, offset: float = 0.07,
@@ -2113,29 +2091,30 @@ def fit(data: Data, method: str, teacher: Tensor | None, out: Path, seed: int = 
     Writes config.json, log.jsonl (a row an epoch), best.pt and last.pt (for `resume`) into `out`.
     An epoch depends on seed and epoch number alone, so resuming changes nothing.
     """
-    rank, world = process()
     release_memory()
     student, noise_filter, optimizer = build(data, method, seed, teacher, machine.device, width, lr,
                                              weight_decay, offset)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [round(0.75 * epochs)])   # authors
     modules = {"student": student, "filter": noise_filter or nn.Identity(),
                "optimizer": optimizer, "schedule": schedule}
-    settings = settings or {}
+    settings, last = settings or {}, out / "last.pt"
     about = {"method": method, "seed": seed, "task": settings.get("task"), "classes": data.classes,
-             "network": network_arguments(student.state_dict()), "settings": settings}
-    history, best = [], -1.0
-    begun = time.time()
-    if resume and (out / "last.pt").exists():
-        saved = load_unchanged(out / "last.pt", about)
+             "network": network_arguments(student.state_dict())}
+    history, best, begun = [], -1.0, time.time()
+    if resume and last.exists():
+        saved = load_checkpoint(last)
+        refuse_changes("--resume", last, saved["settings"], settings)
+        refuse_changes("--resume", last, saved, about)
         history, best = saved["history"], saved["best"]
         begun -= history[-1]["seconds"]
         for name, module in modules.items():
             module.load_state_dict(saved[name])
     if compiled:
         student.compile()
-    if rank == 0:
-        versions = {"torch": str(torch.__version__), "av": av.__version__}
-        save(out / "config.json", {**about, "versions": versions})
+    about["settings"] = settings
+    versions = {"torch": str(torch.__version__), "av": av.__version__}
+    save_once(out / "config.json", {**about, "versions": versions})
+    rank, world = process()
     loader = data.loader(data.train, "train", batch_size // world, machine.workers, seed, teacher)
 
     for epoch in range(len(history) + 1, epochs + 1):
@@ -2154,32 +2133,30 @@ def fit(data: Data, method: str, teacher: Tensor | None, out: Path, seed: int = 
         if epoch % eval_every == 0 or epoch == epochs:
             probabilities, _ = predict(student, data, data.eval, machine, "val")
             metrics = score(probabilities, data.labels(data.eval))
+            row |= metrics
             value = list(metrics.values())[0]               # top1 or mAP
             is_best = value > best
             best = max(value, best)
-            log_epoch(f"{method} s{seed}  epoch {epoch} of {epochs}", row, metrics)
-            row |= metrics
-        if rank == 0:
-            content = {**about, "epoch": epoch, "best": best, "history": history}
-            for name, module in modules.items():
-                content[name] = module.state_dict()
-            if is_best:
-                save(out / "best.pt", content)
-            save(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
-            save(out / "last.pt", content)                  # last, because `resume` relies on it
+            names = [*list(metrics)[:2], "cls", "csc", "distill", "cosine"]
+            figures = "  ".join(f"{name} {row[name]:.3f}" for name in names if name in row)
+            log.info(f"  {method} s{seed}  epoch {epoch} of {epochs}  {figures}  "
+                     f"{duration(row['seconds'])}")
+
+        content = {**about, "epoch": epoch, "best": best, "history": history}
+        content |= {name: module.state_dict() for name, module in modules.items()}
+        if is_best:
+            save_once(out / "best.pt", content)
+        save_once(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+        save_once(last, content)                            # last, because `resume` relies on it
     join_shares([])                                         # process 0 has written its files
     return student
 
 # -------------------- 11. Teacher: one frozen embedding a clip --------------------
-# All sources give ({clip id: embedding (teacher_dim,)}, {"kind": what made them, "metrics": its own
-# scores}). Embeddings are not normalised. Our networks' are >= 0, others' may be negative.
-Teacher = tuple[dict[str, Tensor], dict]
-
+# Embeddings (teacher_dim,) are not normalised. Our networks' are >= 0, others' may be negative.
 class KineticsTeacher(nn.Module):
     """Embeds frames prepared as for VideoNet with Kinetics-400's r2plus1d_18: (B, 512), >= 0.
 
-    The embeddings stand in the place of the map and the logits, too, which nothing needs. Raises
-    OSError or RuntimeError if torchvision cannot download the weights.
+    Raises OSError or RuntimeError if torchvision cannot download the weights.
     """
     def __init__(self):
         super().__init__()
@@ -2191,17 +2168,14 @@ class KineticsTeacher(nn.Module):
 
     def forward(self, frames: Tensor) -> Features:
         frames = frames * self.ours.std + self.ours.mean            # 0..1 again
-        frames = frames.transpose(1, 2)                             # (B, T, 3, H, W)
+        frames = frames.transpose(1, 2)             # (B, T, 3, H, W), as torchvision normalises
         frames = v2.functional.normalize(frames, self.theirs.mean, self.theirs.std)
         pooled = self.net(frames.transpose(1, 2))                   # (B, 512)
-        return Features(pooled[:, None], pooled, pooled)
+        return Features(pooled[:, None], pooled, pooled)            # nothing needs map and logits
 
 def open_teacher(source: str, views: Views, device: str) -> tuple[nn.Module | None, Views]:
-    """Returns the network that --teacher asks for, or None if one has to be trained, and its views.
-
-    Raises InputError if a checkpoint is of the student's modality.
-    """
-    if os.path.isfile(source) and Path(source).name != "teacher.pt":
+    """Returns the network --teacher asks for, or None if one must be trained, and its views."""
+    if os.path.isfile(source):
         saved = load_checkpoint(source)
         if saved["network"]["kind"] != views.kind:
             raise InputError(f"--teacher {source} takes {saved['network']['kind']}; this --task "
@@ -2212,36 +2186,39 @@ def open_teacher(source: str, views: Views, device: str) -> tuple[nn.Module | No
         try:
             network = KineticsTeacher() if process()[0] == 0 else None
         except (OSError, RuntimeError) as error:
-            reason = f"torchvision cannot download r2plus1d_18 ({error})"
+            reason = f"r2plus1d_18 cannot be downloaded ({error})"
         if join_shares([network is not None])[0]:                   # process 0 has downloaded it
             views = views._replace(side=128, resize=(128, 171), size=112)   # as it was trained
             return (network or KineticsTeacher()).to(device), views
     if source == "auto":
-        log.warning(f"warning: {reason}: the teacher is trained from scratch and will be weaker")
+        log.warning(f"warning: the teacher is trained from scratch and will be weaker:\n  {reason}")
     return None, views
 
 def train_teacher(data: Data, out: Path, seed: int, epochs: int, machine: Machine,
-                  **options) -> nn.Module:
+                  **options) -> tuple[nn.Module, dict[str, float]]:
     """Trains a teacher on nine tenths of the training clips; returns its best epoch on the rest.
 
-    A network that has memorised its clips would embed their labels, not their content. `options`
-    are those of `fit`.
+    A network that has memorised its clips would embed their labels, not their content. Its metrics
+    on the evaluation clips that it can take come along; `options` are those of `fit`.
     """
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
     shuffled = [data.train[k] for k in order.tolist()]
     tenth = max(1, len(shuffled) // 10)
-    data = data._replace(train=shuffled[tenth:], eval=shuffled[:tenth])
+    parts = data._replace(train=shuffled[tenth:], eval=shuffled[:tenth])
     log.info(f"training the teacher from scratch for {epochs} epochs")
-    fit(data, "teacher", None, out, seed, machine, epochs, 1, **options)
+    fit(parts, "teacher", None, out, seed, machine, epochs, 1, **options)
     best = load_checkpoint(out / "best.pt")
-    log.info(f"teacher: epoch {best['epoch']} of {epochs} is best on {tenth} training clips that "
-             "it has not seen")
-    return restore(best, machine.device)
+    log.info(f"teacher: epoch {best['epoch']} is best on {tenth} training clips it has not seen")
+    network, metrics = restore(best, machine.device), {}
+    known = [i for i in data.eval if data.files[i]]
+    if known:
+        metrics, _ = evaluate(network, data._replace(eval=known), machine)
+    return network, metrics
 
 def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
     """Reads `<clip id>.npy`, (D,) numbers each, anywhere below a folder: {clip id: embedding (D,)}.
 
-    Raises InputError if a file holds anything else or no file is named after a clip.
+    Clips without a file are left out. Raises InputError if a file holds anything else.
     """
     exact, folded, rows = defaultdict(list), defaultdict(list), {}
     for path in Path(folder).rglob("*.npy"):
@@ -2262,61 +2239,61 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
         except (OSError, EOFError, ValueError, TypeError) as error:
             raise InputError(f"{found[0]}: it holds no embedding: {error}") from error
         rows[clip.id] = row
-    if not rows:
-        raise InputError(f"{folder}: no .npy file is named after a clip, such as {clips[0].id}.npy")
     if len({len(row) for row in rows.values()}) > 1:
         raise InputError(f"{folder}: the embeddings differ in length")
     return rows
 
-def given_teacher(args, clips: list[Clip], out: Path) -> Teacher | None:
+def given_teacher(args, clips: list[Clip]) -> tuple[dict | None, dict]:
     """Returns the embeddings of a folder, another run's teacher.pt or, on --resume, this run's.
 
-    Returns None if a network has to embed the clips. Raises InputError if the settings were others.
+    They are {clip id: embedding}, or None if a network has to embed the clips; what makes them
+    ("kind") and its "metrics" come along. Raises InputError if the settings were others.
     """
-    path = Path(args.teacher)
-    resumed = args.resume and (out / "teacher.pt").exists()
-    released = find_layout(args.data) in ("release", "activitynet")
+    path, own = Path(args.teacher), Path(args.out, "teacher.pt")
+    resumed = args.resume and own.exists()
     if resumed:
-        path = out / "teacher.pt"
-    elif released and args.teacher == "auto" and any(Path(args.data).rglob("*.npy")):
-        path = Path(args.data)                      # the authors publish them with their lists
+        path = own
+    elif args.teacher == "auto" and find_layout(args.data) in ("release", "activitynet"):
+        if any(Path(args.data).rglob("*.npy")):     # the authors publish them with their lists
+            path = Path(args.data)
     if path.is_dir():
         return read_features(path, clips), {"kind": f"embeddings in {path}", "metrics": {}}
     if path.name != "teacher.pt":
-        return None
+        return None, {"kind": f"network ({args.teacher})", "metrics": {}}
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        rows, kind = dict(zip(saved["ids"], saved["embeddings"])), saved["kind"]
+        rows = dict(zip(saved["ids"], saved["embeddings"]))
+        about = {"kind": saved["kind"], "metrics": saved["metrics"]}
     except Exception as error:                      # the loader raises a dozen kinds
         raise InputError(f"{path} is not a run's teacher.pt") from error
     if resumed:
         refuse_changes("--resume", path, saved.get("settings", {}), settings_of(vars(args)))
-        return rows, {"kind": kind, "metrics": saved["metrics"]}
+        return rows, about
+    before = saved.get("settings", vars(args))      # those of older versions hold none
     names = ["data", "split", "fold", "per_class", "noise", "mismatch"]     # of the same clips
     if args.data == "demo" or args.per_class:
         names.append("seed")
-    before = saved.get("settings", vars(args))      # those of older versions hold none
     if STUDENT_KIND[before["task"]] != STUDENT_KIND[args.task]:
         names.append("task")
     refuse_changes("--teacher", path, before, {name: vars(args)[name] for name in names})
-    if not any(clip.id in rows for clip in clips):
-        raise InputError(f"--teacher: {path} is of other clips than --data {args.data}")
-    return rows, {"kind": kind, "metrics": {}}      # its evaluation clips may have been others
+    return rows, {**about, "metrics": {}}           # its evaluation clips may have been others
 
-def embed_clips(network: nn.Module, data: Data, machine: Machine = CPU,
-                score_it: bool = False) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Embeds all clips of `data` that have the network's modality: {clip id: embedding (D,)}.
+def leave_out(clips: list[Clip], rows: dict, skipped: list) -> list[Clip]:
+    """Returns the clips but those to train on that have no embedding in `rows`; lists these."""
+    lacking = [clip for clip in clips if clip.split == "train" and clip.id not in rows]
+    skipped += [(clip.id, "missing: the teacher has no embedding of it") for clip in lacking]
+    kept = [clip for clip in clips if clip.split == "eval" or clip.id in rows]
+    if all(clip.split == "eval" for clip in kept):
+        raise InputError(f"--teacher has no embedding of any of the {len(lacking):,} training clips"
+                         f", such as {lacking[0].id}; its names must be the clips' ids")
+    return kept
 
-    score_it  whether the network's classes are those of the data; then its metrics come along
-    """
+def embed_clips(network: nn.Module, data: Data, machine: Machine = CPU) -> dict[str, Tensor]:
+    """Embeds all clips of `data` that have the network's modality: {clip id: embedding (D,)}."""
     log.info("embedding the clips with the teacher")
-    known = [i for i in data.eval if data.files[i]]         # all training clips have this stream
-    probabilities, embeddings = predict(network, data, data.train + known, machine)
-    metrics = {}
-    if known and score_it:
-        metrics = score(probabilities[len(data.train):], data.labels(known))
-    ids = [data.clips[i].id for i in data.train + known]
-    return dict(zip(ids, embeddings)), metrics
+    known = [i for i in data.train + data.eval if data.files[i]]
+    _, embeddings = predict(network, data, known, machine)
+    return {data.clips[i].id: row for i, row in zip(known, embeddings)}
 
 def score_probe(data: Data, teacher: Tensor) -> dict[str, float]:
     """Scores a linear probe on the teacher's embeddings of the evaluation clips that have one."""
@@ -2343,14 +2320,12 @@ def predict_files(saved: dict, paths: list[str], folder: str | None, views: View
                   machine: Machine) -> None:
     """Prints the five likeliest classes of each file or, with a `folder`, its five nearest clips.
 
-    saved  a loaded checkpoint
-    A file that cannot be used is named. Raises InputError in the end if there was one.
+    `saved` is a loaded checkpoint. Raises InputError in the end if a file could not be used.
     """
     kind, count = saved["network"]["kind"], saved["network"]["num_classes"]
     names = saved["classes"] or [f"class {k}" for k in range(count)]
-    files, gallery = list_files(paths, kind), []
-    if folder:
-        gallery = list_files([folder], kind)
+    files = list_files(paths, kind)
+    gallery = list_files([folder], kind) if folder else []
     clips = [Clip(path, (0,), "eval", path, path, cut=True) for path in files + gallery]
     decoded = decode_all(clips, [views], cache, machine.workers)
     reasons = {clip.id: reason for clip, (_, reason) in zip(clips, decoded) if reason}
@@ -2371,12 +2346,11 @@ def predict_files(saved: dict, paths: list[str], folder: str | None, views: View
         if path in reasons:
             print(f"  error: {reasons[path].removeprefix(f'{path}: ')}")
             continue
-        own = scores[row[path]]
-        order = own.argsort(descending=True).tolist()
-        real = os.path.realpath(path) if gallery else None      # no file is its own neighbour
-        others = [k for k in order if os.path.realpath(names[k]) != real]
-        for k in others[:5]:
-            print(f"  {own[k]:.3f}  {names[k]}")
+        likeliest = scores[row[path]].argsort(descending=True).tolist()
+        if gallery:                                             # no file is its own neighbour
+            likeliest = [k for k in likeliest if not os.path.samefile(names[k], path)]
+        for k in likeliest[:5]:
+            print(f"  {scores[row[path], k]:.3f}  {names[k]}")
     bad = sum(path in reasons for path in files)
     if bad:
         raise InputError(f"{bad} of {counted(len(files), 'file')} could not be used")
@@ -2411,9 +2385,10 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 def build_parser() -> Parser:
     """Builds the command line. Its help tells which defaults are the authors' and which ours."""
-    count, part = number(int, 1, 10**6), number(float, 0, 1)
+    count, side, part = number(int, 1, 10**6), number(int, 16, 4096), number(float, 0, 1)
     flag = argparse.BooleanOptionalAction
     cuda = torch.cuda.is_available()
+    cores = os.cpu_count() or 2
     parser = Parser(prog="xmkd.py", allow_abbrev=False,
                     description="Robust cross-modal knowledge distillation (arXiv 2304.07775).",
                     epilog="Exit codes: 0 done, 2 bad input, 130 interrupted.",
@@ -2429,16 +2404,14 @@ def build_parser() -> Parser:
     add("--noise", type=part, default=0.3, help="demo: share of clips whose teacher is noisy")
     add("--mismatch", type=part, default=0.2,
         help="demo: share of training clips whose teacher sees something else")
-    add("--per-class", type=count, metavar="N",
-        help="train on N clips of each class, drawn by --seed")
+    add("--per-class", type=count, metavar="N", help="train on N clips a class, drawn by --seed")
     add("--max-skipped", type=part, default=0.2, help="largest share of unreadable clips")
 
     add = parser.add_argument_group("views").add_argument
     add("--frames", type=count, default=16, help="frames per window (authors)")
     add("--fps", type=number(float, 0.01, 240), default=4.0, help="frames a second (authors)")
-    add("--size", type=number(int, 16, 4096), default=112,
-        help="side of a window in pixels (authors)")
-    add("--frame-side", type=number(int, 16, 4096), default=240,
+    add("--size", type=side, default=112, help="side of a window in pixels (authors)")
+    add("--frame-side", type=side, default=240,
         help="shorter side of the cached frames; they are never enlarged (authors' data)")
     add("--seconds", type=number(float, 0.4, 3600), default=10.0,
         help="seconds of sound per window; shorter clips are looped (PANNs)")
@@ -2487,8 +2460,7 @@ def build_parser() -> Parser:
     add("--predict", nargs="+", metavar="FILE",
         help="with --checkpoint: print the classes of media files, or of all in a folder")
     add("--gallery", metavar="FOLDER", help="with --predict: print its clips nearest to each file")
-    add("--workers", type=number(int, 0, 256), default=min(8, (os.cpu_count() or 2) // 2),
-        help="loader processes")
+    add("--workers", type=number(int, 0, 256), default=min(8, cores // 2), help="loader processes")
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ...")
     add("--amp", action=flag, default=cuda, help="run networks in bfloat16; needs a GPU")
     add("--compile", action=flag, default=False, help="compile the student with torch.compile")
@@ -2496,11 +2468,8 @@ def build_parser() -> Parser:
     return parser
 
 def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
-    """Returns the options and the content of --checkpoint.
-
-    The command line takes precedence, then the checkpoint's settings, then the recipe.
-    """
-    parser = build_parser()
+    """Returns the options and the content of --checkpoint."""
+    parser = build_parser()                 # command line before checkpoint before recipe
     args = parser.parse_args(argv)
     saved = load_checkpoint(args.checkpoint) if args.checkpoint else {"settings": {}}
     kept = {name: value for name, value in saved["settings"].items()
@@ -2517,10 +2486,7 @@ def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     return args, saved
 
 def set_up_device(device: str) -> str:
-    """Returns the device to use and, under torchrun, joins the processes, each with its own GPU.
-
-    Raises InputError if the device or a part of torchrun's environment is missing.
-    """
+    """Returns the device to use and, under torchrun, joins the processes, each with its own GPU."""
     launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
     if device.split(":")[0] not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: choose cpu, cuda or one GPU, such as cuda:1")
@@ -2531,6 +2497,9 @@ def set_up_device(device: str) -> str:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
         if torch.zeros(1, device=device).is_cuda:
             torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True       # tries kernels, keeps the fastest
+        if "OMP_NUM_THREADS" not in os.environ:     # half of the cores are left to the loader
+            torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
         return device
     except (AssertionError, KeyError, RuntimeError, ValueError) as error:
         cause = "RANK or WORLD_SIZE in the environment" if launched else f"--device {device}"
@@ -2560,15 +2529,11 @@ def check_options(args, saved: dict) -> None:
     for is_wrong, message in problems:
         if is_wrong:
             raise InputError(message)
-    if os.path.isfile(args.teacher) and not args.checkpoint:
-        views = make_views(args, TEACHER_KIND[args.task])
-        open_teacher(args.teacher, views, "cpu")            # refused before hours of decoding
 
 def choose_folder(args) -> str:
     """Makes a run folder, or finds the one that --resume continues; returns its path and says so.
 
-    Without --out, a run that lies there already is kept: the next one's name ends in -2, -3, ...
-    Raises InputError if --out holds another run.
+    A folder that holds a run is refused if --out asks for it; else the name ends in -2, -3, ...
     """
     what = "eval" if args.checkpoint else args.method.replace(",", "-")
     fold = f"-f{args.fold}" if args.fold > 1 else ""
@@ -2577,7 +2542,7 @@ def choose_folder(args) -> str:
     while not args.out and folders[-1].exists():
         folders.append(Path(f"{name}-{len(folders) + 1}"))
     signs = ("config.json", "results.json", "teacher.pt", "*/config.json")
-    runs = [folder for folder in folders if any(next(folder.glob(sign), "") for sign in signs)]
+    runs = [folder for folder in folders if any(list(folder.glob(sign)) for sign in signs)]
     resumes = args.resume and not args.checkpoint and runs
     folder = runs[-1] if resumes else folders[-1]
     several = "," in args.method or args.seeds > 1
@@ -2585,7 +2550,9 @@ def choose_folder(args) -> str:
     if folder in runs and (mixed or not resumes):
         raise InputError(f"{folder} holds a run; --resume continues the same one, for another give "
                          "another --out")
-    folder.mkdir(parents=True, exist_ok=bool(args.out or resumes))      # one run gets a new one
+    join_shares([])                                 # all processes have looked, or refused it
+    may_exist = args.out or resumes or process()[1] > 1
+    folder.mkdir(parents=True, exist_ok=bool(may_exist))    # of two runs, one gets a new folder
     last = sorted(folder.rglob("last.pt"), key=os.path.getmtime) if resumes else []
     if last:
         saved = load_checkpoint(last[-1])
@@ -2594,40 +2561,32 @@ def choose_folder(args) -> str:
     elif args.resume:
         log.warning(f"nothing to resume in {folder}; starting")
     elif len(folders) > 1:
-        log.warning(f"{folders[-2]} is kept; this run goes to {folder}")
+        log.warning(f"this run goes to {folder}; others are kept")
     return str(folder)
 
 def make_views(args, kind: str) -> Views:
     """Returns the windows of "audio" or "video" that the options ask for."""
     return Views(kind, frames=args.frames, fps=args.fps, size=args.size, seconds=args.seconds,
-                 side=args.frame_side, crop_area=args.crop_area, flip=args.flip,
-                 strong=args.strong)
+                 side=args.frame_side, crop_area=args.crop_area, flip=args.flip, strong=args.strong)
 
 def require(clips: list[Clip], kind: str, who: str, remedy: str) -> None:
-    """Raises InputError, which ends in `remedy`, if no clip has the `kind` that `who` needs.
-
-    Endings tell sound files from films; twenty films are opened to see what they hold.
-    """
+    """Raises InputError, which ends in `remedy`, if no clip has the `kind` that `who` needs."""
     name, other = ("sound", "pictures") if kind == "audio" else ("pictures", "sound")
     having = [clip for clip in clips if getattr(clip, kind)]
-    some = having[::math.ceil(len(having) / 20) or 1]
+    some = having[::math.ceil(len(having) / 20) or 1]       # twenty are opened, to be sure
     if not any(kind in streams_in(getattr(clip, kind)) for clip in some):
         raise InputError(f"{who} needs {name}, but of {len(clips):,} clips 0 have {name} and "
                          f"{len(clips):,} only {other}; {remedy}")
-    if len(having) < len(clips):
-        log.warning(f"warning: {who} needs {name}, but {len(clips) - len(having):,} of "
-                    f"{len(clips):,} clips have only {other} and are left out")
+    lacking = len(clips) - len(having)
+    if lacking:
+        log.warning(f"warning: {who} needs {name}; {lacking:,} of {len(clips):,} clips have only "
+                    f"{other} and are left out")
 
 def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
-    """Returns the clips of --data, with files, and the classes.
-
-    Makes the run folder and, if need be, the demo. Raises InputError if the student's modality is
-    missing.
-    """
-    root = Path(args.data)
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    """Returns the clips of --data, with files, and the classes; the demo is written if need be."""
+    root, tags = Path(args.data), args.task == "audio_tagging"
+    kind = STUDENT_KIND[args.task]
     if args.data == "demo":
-        kind, tags = STUDENT_KIND[args.task], args.task == "audio_tagging"
         root = Path(args.cache, f"demo-{kind}-{args.noise:g}-{args.mismatch:g}-{args.seed}")
         if process()[0] == 0 and not root.exists():
             log.info(f"writing the demo's media into {root}")
@@ -2638,12 +2597,11 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
         join_shares([])                                     # the others wait
     log.info(f"reading the lists and file names in {root}")
     _, clips, classes = read_data(root, args.split, args.fold, skipped)
-    if args.task != "audio_tagging" and max(len(clip.labels) for clip in clips) > 1:
+    if not tags and max(len(clip.labels) for clip in clips) > 1:
         raise InputError(f"--task {args.task} needs one label for each clip, but clips of --data "
                          f"{args.data} have several; use --task audio_tagging")
-    log.info(f"data {args.data}: {len(classes)} classes, {coverage(clips, skipped)}")
-    require(clips, STUDENT_KIND[args.task], f"the student of --task {args.task}",
-            "choose another --task")
+    log.info(f"data {args.data}: {len(classes)} classes\n  {coverage(clips, skipped)}")
+    require(clips, kind, "the student", f"--task {args.task} needs other data")
     lone = lone_labels(clips, classes)
     if lone:
         text = f"{counted(len(lone), 'label')} in one split only: {', '.join(lone)}"
@@ -2666,11 +2624,7 @@ def limit_classes(clips: list[Clip], per_class: int, seed: int) -> list[Clip]:
 
 def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
               *others: Views) -> list[Data]:
-    """Decodes a data set; returns one Data with the student's views and one for each of `others`.
-
-    Clips that cannot be used are left out; skipped.csv says why. Raises InputError if too many are
-    unreadable or too few are left.
-    """
+    """Decodes a data set; returns a Data with the student's views and one for each of `others`."""
     least = 2 * process()[1]                                # training clips
     if args.checkpoint and args.task != "video_retrieval":
         least = 0
@@ -2678,75 +2632,58 @@ def open_data(args, clips: list[Clip], classes: list[str], skipped: list,
     views = [make_views(args, STUDENT_KIND[args.task]), *others]
     log.info(f"decoding {len(clips):,} clips into {args.cache}, unless they are there")
     decoded = decode_all(clips, views, Path(args.cache), args.workers)
-    usable, cached, unreadable = [], [], []
-    for clip, (files, reason) in zip(clips, decoded):
-        if not reason:
-            usable.append(clip)
-            cached.append(files)
-            continue
-        skipped.append((clip.id, reason))
-        if not reason.startswith("missing"):
-            unreadable.append(reason)
-    if process()[0] == 0:
-        table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows([("id or path", "reason")] + skipped)
-        save(Path(args.out, "skipped.csv"), table.getvalue())
+    refused = [(clip.id, reason) for clip, (_, reason) in zip(clips, decoded) if reason]
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows([("id or path", "reason"), *skipped, *refused])
+    save_once(Path(args.out, "skipped.csv"), table.getvalue())
+
+    usable = [clip for clip, (_, reason) in zip(clips, decoded) if not reason]
     train = [i for i, clip in enumerate(usable) if clip.split == "train"]
     evaluation = [i for i, clip in enumerate(usable) if clip.split == "eval"]
     log.info(f"{len(train):,} training and {len(evaluation):,} evaluation clips can be used; "
-             f"{args.out}/skipped.csv has {len(skipped):,} entries")
+             f"{len(skipped) + len(refused):,} entries in skipped.csv")
+    unreadable = [reason for _, reason in refused if not reason.startswith("missing")]
     if len(unreadable) > args.max_skipped * len(clips):
         raise InputError(f"{len(unreadable)} of {len(clips)} clips are unreadable, more than "
                          f"--max-skipped {args.max_skipped:g} allows; the first: {unreadable[0]}")
     if len(train) < least or not evaluation:
         raise InputError(f"{args.data}: needs {least} training clips and one evaluation clip that "
                          f"can be used, but has {len(train)} and {len(evaluation)}")
-    tags = args.task == "audio_tagging"
-    parts = []
-    for view, files in zip(views, zip(*cached)):
-        parts.append(Data(usable, classes, tags, train, evaluation, view, list(files)))
+    tags, parts = args.task == "audio_tagging", []
+    for k, view in enumerate(views):
+        files = [found[k] for found, reason in decoded if not reason]
+        parts.append(Data(usable, classes, tags, train, evaluation, view, files))
     return parts
 
-def time_step(data: Data, batch_size: int, width: int, machine: Machine) -> float:
-    """Returns how many seconds of a training step fall to each clip of the batch.
-
-    On a slow machine a step of four clips has to tell.
-    """
-    student, _, optimizer = build(data, "student", 0, device=machine.device, width=width)
-    count = batch_size // process()[1]
-    _, windows, _, labels, _ = next(iter(data.loader(data.train, "train", count, 0)))
-    prepare_views = Prepare().to(machine.device)
-    for size in 4, count, count:                            # a GPU's first steps are slow
-        begun = time.time()
-        views = prepare_views(windows[:size].to(machine.device))
-        train_step(student, None, optimizer, views, None, labels[:size].to(machine.device),
-                   amp=machine.amp)["cls"].item()           # waits for the GPU
-        seconds = max(join_shares([time.time() - begun]))   # all processes go on or stop alike
-        if seconds > 2:
-            break
-    return seconds / len(views) / process()[1]
-
-def estimate(plan: list[tuple[str, Data, int]], batch_size: int, width: int,
-             machine: Machine) -> None:
-    """Logs how long training takes, roughly: without evaluation and without what --resume saves.
-
-    plan  name, data and number of epochs of each network
-    """
+def estimate(plan: list[tuple], batch_size: int, width: int, machine: Machine) -> None:
+    """Times a step of each network in `plan` (name, data, epochs); logs how long all takes."""
     log.info("timing a training step")
-    told, total = [], 0.0
+    world, told, total = process()[1], [], 0.0
     for name, data, epochs in plan:
-        each = time_step(data, batch_size, width, machine)
+        student, _, optimizer = build(data, "student", 0, device=machine.device, width=width)
+        prepare_views, count = Prepare().to(machine.device), batch_size // world
+        _, windows, _, labels, _ = next(iter(data.loader(data.train, "train", count, 0)))
+        for size in 4, count, count:                        # a GPU's first steps are slow
+            begun = time.time()
+            inputs = prepare_views(windows[:size].to(machine.device))
+            terms = train_step(student, None, optimizer, inputs, None,
+                               labels[:size].to(machine.device), amp=machine.amp)
+            terms["cls"].item()                             # waits for the GPU
+            seconds = max(join_shares([time.time() - begun]))   # all go on or stop alike
+            if seconds > 2:                                 # slow: four clips have to tell
+                break
+        each = seconds / len(inputs) / world                # a clip's share
         told.append(f"{duration(each * batch_size)} ({name})")
         total += each * epochs * len(data.train)
     log.info(f"a step of {batch_size} clips takes {' and '.join(told)}; training about "
              f"{duration(total)} in all")
     if total > 3 * 3600:
-        log.info("smaller: --width 16 --seconds 5 --frames 8 --size 64 --frame-side 112, or a "
-                 "lower\n--per-class, --epochs and --teacher-epochs")
+        log.info("smaller: --width 16 --seconds 5 --frames 8 --size 64 --frame-side 112, or\n"
+                 "  fewer --per-class, --epochs and --teacher-epochs")
 
 # Options that may change on --resume and are not restored from --checkpoint.
 MAY_CHANGE = ("method", "seeds", "out", "cache", "resume", "checkpoint", "predict", "gallery",
-              "workers", "device", "compile", "quiet", "max_skipped")
+              "workers", "device", "machine", "compile", "quiet", "max_skipped")
 
 def settings_of(options: dict) -> dict:
     """Returns the options that shape a result, with size and time of the teacher's file."""
@@ -2758,8 +2695,7 @@ def settings_of(options: dict) -> dict:
 
 def fit_options(args) -> dict:
     """Returns the options of `fit` that the teacher and all students of a run share."""
-    machine = Machine(args.device, args.amp, args.workers)
-    return {"machine": machine, "batch_size": args.batch_size, "lr": args.lr,
+    return {"machine": args.machine, "batch_size": args.batch_size, "lr": args.lr,
             "weight_decay": args.weight_decay, "width": args.width, "offset": args.csc_offset,
             "margin": args.margin, "sparsity": args.sparsity, "compiled": args.compile,
             "resume": args.resume, "settings": settings_of(vars(args))}
@@ -2767,71 +2703,51 @@ def fit_options(args) -> dict:
 def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
     """Reads and decodes the data set, and embeds its clips unless the only method is `student`.
 
-    Returns the data, the teacher's embeddings (N, teacher_dim), which are zeros where a clip has
-    none, and the teacher's kind and metrics.
+    Returns the data, embeddings (N, teacher_dim), zeros where a clip has none, and who made them.
     """
-    skipped, out, options = [], Path(args.out), fit_options(args)
-    machine = options["machine"]
+    skipped, rows, network, views = [], None, None, []
     clips, classes = read_clips(args, skipped)
-    training = [clip for clip in clips if clip.split == "train"]
-    given, others, network = None, [], None
     if args.method != "student":
-        given = given_teacher(args, clips, out)
-    if given is not None:
-        rows, about = given
-        if not any(clip.id in rows for clip in training):
-            raise InputError(f"--teacher {args.teacher}: it has no embedding of any of the "
-                             f"{len(training):,} training clips, such as {training[0].id}; its "
-                             "names must be the clips' ids")
-        lacking = [clip for clip in training if clip.id not in rows]
-        skipped += [(clip.id, "missing: the teacher has no embedding of it") for clip in lacking]
-        clips = [clip for clip in clips if clip.split == "eval" or clip.id in rows]
+        rows, about = given_teacher(args, clips)
+    if rows is not None:
+        clips = leave_out(clips, rows, skipped)
     elif args.method != "student":
-        views = make_views(args, TEACHER_KIND[args.task])
-        require(training, views.kind, "the teacher", "give embeddings with --teacher FOLDER, or "
-                "train without a teacher by --method student")
-        network, *others = open_teacher(args.teacher, views, args.device)
+        wanted = make_views(args, TEACHER_KIND[args.task])
+        require([clip for clip in clips if clip.split == "train"], wanted.kind, "the teacher",
+                "give embeddings with --teacher FOLDER, or train by --method student")
+        network, *views = open_teacher(args.teacher, wanted, args.device)
 
-    data, *seen_by_teacher = open_data(args, clips, classes, skipped, *others)
+    data, *seen = open_data(args, clips, classes, skipped, *views)      # by student and teacher
     plan = [("student", data, args.epochs * args.seeds * len(args.method.split(",")))]
-    if others and network is None:
-        plan.insert(0, ("teacher", *seen_by_teacher, args.teacher_epochs))
-    estimate(plan, args.batch_size, args.width, machine)
+    if seen and network is None:
+        plan.insert(0, ("teacher", *seen, args.teacher_epochs))
+    estimate(plan, args.batch_size, args.width, args.machine)
     if args.method == "student":
         return data, None, None
 
-    if others:
-        kind = f"network ({args.teacher})"
-        if network is None:
-            kind = "trained from scratch"
-            network = train_teacher(*seen_by_teacher, out / "teacher", args.seed,
-                                    args.teacher_epochs, **options)
-        # Only of a teacher from scratch is it sure that its classes are the data's.
-        rows, metrics = embed_clips(network, *seen_by_teacher, machine,
-                                    score_it=kind == "trained from scratch")
-        about = {"kind": kind, "metrics": metrics}
-    ids = [clip.id for clip in data.clips]
+    out, options = Path(args.out), fit_options(args)
+    if seen and network is None:
+        about["kind"] = "trained from scratch"
+        network, about["metrics"] = train_teacher(*seen, out / "teacher", args.seed,
+                                                  args.teacher_epochs, **options)
+    if seen:
+        rows = embed_clips(network, *seen, args.machine)
     none = torch.zeros_like(next(iter(rows.values())))
-    embeddings = torch.stack([rows.get(name, none) for name in ids])
+    embeddings = torch.stack([rows.get(clip.id, none) for clip in data.clips])
     about["metrics"] = about["metrics"] or score_probe(data, embeddings)
-    if process()[0] == 0 and not (out / "teacher.pt").exists():
-        save(out / "teacher.pt", {"ids": ids, "embeddings": embeddings,
-                                  "settings": options["settings"], **about})
+    if not (out / "teacher.pt").exists():
+        save_once(out / "teacher.pt", {"ids": [clip.id for clip in data.clips], **about,
+                                       "embeddings": embeddings, "settings": options["settings"]})
     return data, embeddings, about
 
 SHOWN = "R@1 mAP top1 top5 AUC d_prime".split()     # in the table; results.json has all metrics
 
-def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
-    """Prints the mean of the main metrics by method and, over several seeds, their deviation.
-
-    With several seeds, gains over `student`, paired by seed, follow with their standard errors.
-    """
-    if process()[0] > 0:
-        return
+def print_table(rows: dict[str, list[dict]]) -> None:
+    """Prints the mean of the main metrics by method and, over several seeds, their deviation."""
     table, alone = dict(rows), rows.get("student", [])
     for method, runs in rows.items():
         if len(alone) > 1 and method not in ("student", "teacher"):
-            table[f"{method} - student"] = [
+            table[f"{method} - student"] = [        # gains, paired by seed, with standard errors
                 {name: run[name] - base[name] for name in base} for run, base in zip(runs, alone)]
     names = [name for name in SHOWN if name in list(rows.values())[-1][0]]
     print("\n" + " " * 18 + "".join(f"{name:>16}" for name in names))
@@ -2846,53 +2762,45 @@ def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
             line += f"{cell:>16}"
         print(line)
 
-def save_results(out: Path, data: Data, begun: float, /, **content) -> None:
-    """Writes results.json: `content`, the number of clips and the seconds since `begun`."""
-    clips = {"train": len(data.train), "eval": len(data.eval)}
-    seconds = round(time.time() - begun, 1)
-    if process()[0] == 0:
-        save(out / "results.json", {**content, "clips": clips, "seconds": seconds})
-
 def run(args) -> None:
     """Trains every method with every seed on the same data and teacher, and prints the table."""
     begun, out, methods = time.time(), Path(args.out), args.method.split(",")
     data, embeddings, teacher = prepare(args)
-    rows, options = {}, fit_options(args)
-    about = {"task": args.task, "data": args.data, "teacher": teacher}
-    if teacher is not None:
-        rows["teacher"] = [teacher["metrics"]]
-    if args.shuffle_teacher and teacher is not None:
-        generator = torch.Generator().manual_seed(args.seed)
-        order = torch.randperm(len(data.train), generator=generator)
+    about = {"task": args.task, "data": args.data, "teacher": teacher,
+             "clips": {"train": len(data.train), "eval": len(data.eval)}}
+    rows = {} if teacher is None else {"teacher": [teacher["metrics"]]}
+    if teacher is not None and args.shuffle_teacher:
+        order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(args.seed))
         embeddings[data.train] = embeddings[data.train][order]
     several = len(methods) > 1 or args.seeds > 1
-    score_network = partial(evaluate, data=data, machine=options["machine"],
-                            retrieval=args.task == "video_retrieval")
+    retrieval = args.task == "video_retrieval"
     for seed in range(args.seed, args.seed + args.seeds):
         for method in methods:
             started = time.time()
             folder = out / f"{method}-s{seed}" if several else out
             log.info(f"training {method} with seed {seed} for {args.epochs} epochs")
             student = fit(data, method, embeddings, folder, seed, epochs=args.epochs,
-                          eval_every=args.eval_every, **options)
-            metrics, by_class = score_network(student)
+                          eval_every=args.eval_every, **fit_options(args))
+            metrics, by_class = evaluate(student, data, args.machine, retrieval)
             best, metrics_best = load_checkpoint(folder / "best.pt"), metrics
             if best["epoch"] < args.epochs:
                 student.load_state_dict(best["student"])
-                metrics_best, _ = score_network(student)
-            save_results(folder, data, started, **about, method=method, seed=seed, metrics=metrics,
-                         epoch=best["epoch"], metrics_best=metrics_best, by_class=by_class)
+                metrics_best, _ = evaluate(student, data, args.machine, retrieval)
+            save_once(folder / "results.json", {
+                **about, "method": method, "seed": seed, "seconds": round(time.time() - started, 1),
+                "metrics": metrics, "epoch": best["epoch"], "metrics_best": metrics_best,
+                "by_class": by_class})
             rows.setdefault(method, []).append(metrics)
     if several:
         means = {}
         for method in methods:
             runs = rows[method]
             means[method] = {name: statistics.mean(run[name] for run in runs) for name in runs[0]}
-        save_results(out, data, begun, **about, method=args.method, seed=args.seed, metrics=means,
-                     table=rows)
+        save_once(out / "results.json", {
+            **about, "method": args.method, "seed": args.seed, "metrics": means, "table": rows,
+            "seconds": round(time.time() - begun, 1)})
     print_table(rows)
-    log.info(f"\nThe table shows the last epoch on {len(data.eval):,} evaluation clips; each run's "
-             "results.json also has the best epoch.")
+    log.info("\nThe table shows the last epoch; each run's results.json also has the best one.")
 
 def evaluate_checkpoint(args, saved: dict) -> None:
     """Evaluates --checkpoint on a data set. Raises InputError if its classes differ."""
@@ -2902,20 +2810,18 @@ def evaluate_checkpoint(args, saved: dict) -> None:
     if known != classes or count != len(classes):
         raise InputError(f"--checkpoint {args.checkpoint} has {count} classes, such as {known[0]}; "
                          f"--data {args.data} has {len(classes)}, such as {classes[0]}")
-    data = open_data(args, clips, classes, skipped)[0]
-    machine = Machine(args.device, args.amp, args.workers)
-    metrics, by_class = evaluate(restore(saved, args.device), data, machine,
+    [data] = open_data(args, clips, classes, skipped)
+    metrics, by_class = evaluate(restore(saved, args.device), data, args.machine,
                                  args.task == "video_retrieval")
-    save_results(Path(args.out), data, begun, task=args.task, data=args.data, teacher=None,
-                 method=saved["method"], seed=saved["seed"], checkpoint=args.checkpoint,
-                 metrics=metrics, by_class=by_class)
+    save_once(Path(args.out, "results.json"), {
+        "task": args.task, "data": args.data, "teacher": None, "method": saved["method"],
+        "seed": saved["seed"], "checkpoint": args.checkpoint, "metrics": metrics,
+        "by_class": by_class, "clips": {"train": len(data.train), "eval": len(data.eval)},
+        "seconds": round(time.time() - begun, 1)})
     print_table({saved["method"]: [metrics]})
 
 def keep_memory() -> None:
-    """Lets glibc keep freed memory for the next tensors: a training step is 1.4 times as fast.
-
-    Otherwise each large tensor is given back to the system, which clears every page of the next.
-    """
+    """Lets glibc keep freed memory for the next tensors: a training step is 1.4 times as fast."""
     with suppress(AttributeError, OSError):         # another C library has no mallopt
         ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX: large blocks are in the heap, too
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: the heap stays as it is
@@ -2924,14 +2830,11 @@ def explain(error: Exception) -> str:
     """Returns an error as one line with its remedy, or "" if it is a fault of this program."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = lines[-1].rstrip(".").rpartition("InputError: ")[2]    # a loader process adds more
-    shared = ("DataLoader worker", "shared memory", "28] No space left on device")
-    full = ("MemoryError", "allocate memory", "Unable to allocate")
-    if isinstance(error, torch.OutOfMemoryError):
-        reason = "the GPU's memory is full; lower --batch-size or --frames"
-    elif any(words in reason for words in shared) and not getattr(error, "filename", None):
-        size = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
-        reason += f"; --workers 0 needs less memory and no /dev/shm, which has {size / 1e6:,.0f} MB"
-    elif any(words in reason for words in full):
+    shared = r"DataLoader worker|shared memory|28\] No space left on device"
+    full = r"MemoryError|allocate memory|Unable to allocate|out of memory"
+    if re.search(shared, reason) and not getattr(error, "filename", None):
+        reason += "; --workers 0 needs less memory and no /dev/shm"
+    elif re.search(full, reason):
         reason += "; the memory is full: lower --workers, --batch-size or --frames"
     elif isinstance(error, RuntimeError):
         return ""
@@ -2942,29 +2845,29 @@ def main(argv: list[str] | None = None) -> int:
     for stream in sys.stdout, sys.stderr:
         with suppress(AttributeError):              # a notebook's has no such method
             stream.reconfigure(errors="backslashreplace")   # for names it cannot show
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
     try:
         args, saved = parse_options(argv)
         args.device = set_up_device(args.device)
+        args.machine = Machine(args.device, args.amp, args.workers)
         check_options(args, saved)
+        if process()[0] > 0:                        # process 0 speaks for all
+            sys.stdout = open(os.devnull, "w")
+        logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
         log.setLevel(logging.WARNING if args.quiet else logging.INFO)
-        if process()[0] > 0:
-            log.setLevel(logging.ERROR)
         keep_memory()
-        if "OMP_NUM_THREADS" not in os.environ:     # half of the cores are left to the loader
-            torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-        torch.backends.cudnn.benchmark = True       # tries kernels, keeps the fastest
         if args.predict:
-            machine = Machine(args.device, args.amp, args.workers)
-            predict_files(saved, args.predict, args.gallery,
-                          make_views(args, saved["network"]["kind"]), Path(args.cache), machine)
+            views = make_views(args, saved["network"]["kind"])
+            predict_files(saved, args.predict, args.gallery, views, Path(args.cache), args.machine)
         else:
-            chosen = [choose_folder(args)] if process()[0] == 0 else [None]
-            args.out = join_shares(chosen)[0]
-            if args.checkpoint:
-                evaluate_checkpoint(args, saved)
-            else:
-                run(args)
+            args.out = choose_folder(args)
+            try:
+                if args.checkpoint:
+                    evaluate_checkpoint(args, saved)
+                else:
+                    run(args)
+            finally:
+                with suppress(OSError):
+                    os.rmdir(args.out)              # if nothing was written
         if dist.is_initialized():
             dist.destroy_process_group()
         return 0
