@@ -603,21 +603,16 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
 def choose_stream(container, kind: str):
     """Returns the stream that FFmpeg would choose; cover art is not video."""
     cover = av.stream.Disposition.attached_pic
-    found = [each for each in getattr(container.streams, kind) if not each.disposition & cover]
-    if not found:
-        raise InputError(f"it has no {kind} stream")
-    best = container.streams.best(kind)
-    stream = best if best in found else found[0]
-    if stream.codec_context is None:
-        raise InputError(f"its {kind} is in a codec that FFmpeg does not know; convert it")
-    stream.thread_type = "NONE"                 # decoder threads can hang in forked processes
-    return stream
+    for stream in container.streams.best(kind), *getattr(container.streams, kind):
+        if stream and stream.codec_context and not stream.disposition & cover:
+            stream.thread_type = "NONE"         # decoder threads can hang in forked processes
+            return stream
+    raise InputError(f"it has no {kind} stream that FFmpeg can decode")
 
 def find_seek(path: str | Path, kind: str, start: float) -> float:
-    """Returns where to seek to, in seconds, to decode from `start` on; 0 is the file's beginning.
+    """Returns the second to seek to before decoding from `start` on, 0 if seeks land after it.
 
-    A seek can land after `start` in files that do not say where decoding can begin: MPEG-TS,
-    files without an index or with wrong key flags. So the seek is tried first.
+    They do in files that do not say where decoding can begin, such as MPEG-TS; so one is tried.
     """
     if start > 1:
         with suppress(InputError), open_stream(path, kind, start - 1) as stream:
@@ -629,8 +624,8 @@ def find_seek(path: str | Path, kind: str, start: float) -> float:
 def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
     """Yields (begin, length, frame) from the current position on; times are in seconds.
 
-    A damaged packet loses its own frames and, in video, all up to the next key frame, which depend
-    on it. Raises InputError if more than half a second of [start, end) is lost.
+    A damaged packet loses its frames and, in video, all that depend on it, up to the next key
+    frame. Raises InputError if more than half a second of [start, end) is lost.
     """
     origin = (stream.container.start_time or 0) / av.time_base
     intact, damaged, following = False, False, 0.0
@@ -705,10 +700,8 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
         frames = decode_frames(stream, start, end)
         for begin, samples in join_frames(frames, end, rate):
             gap = round((begin - start) * rate) - written
-            if gap > 0:
-                samples = np.pad(samples, (gap, 0))
-            else:
-                samples = samples[-gap:]        # drops overlaps and what lies before `start`
+            samples = np.pad(samples, (max(gap, 0), 0))
+            samples = samples[max(-gap, 0):]    # drops overlaps and what lies before `start`
             parts.append(samples)
             written += len(samples)
             if begin < end:
@@ -792,8 +785,7 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
 def show_frames(frames: Iterator[tuple], stream) -> Iterator[tuple]:
     """Yields (begin, stop, frame): when each picture of a stream is shown, in seconds.
 
-    The k-th picture gets the k-th smallest time: B-frames in AVI carry each other's timestamps. The
-    last picture is shown as long as the file says.
+    The k-th picture gets the k-th smallest time: B-frames in AVI carry each other's timestamps.
     """
     times, pictures = [], []
     shown, stop = -math.inf, 0.0
@@ -807,14 +799,12 @@ def show_frames(frames: Iterator[tuple], stream) -> Iterator[tuple]:
             shown = times.pop(0)
             yield shown, times[0], pictures.pop(0)
     if stream.container.format.name == "avi" and len(stream.index_entries):
-        stop += count_empty(stream) / stream.guessed_rate
+        # Each empty chunk behind the pictures of an AVI shows the last one again.
+        last = stream.index_entries[-1]
+        tail = np.fromfile(stream.container.name, np.uint8, offset=last.pos).tobytes()
+        empty = re.findall(rb"%02d[a-z]{2}\0{4}" % stream.index, tail.partition(b"idx1")[0])
+        stop += len(empty) / stream.guessed_rate
     yield from zip(times, times[1:] + [stop], pictures)
-
-def count_empty(stream) -> int:
-    """Counts the empty chunks behind the pictures of an AVI; each shows the last picture again."""
-    last = stream.index_entries[-1]
-    tail = np.fromfile(stream.container.name, np.uint8, offset=last.pos).tobytes()
-    return len(re.findall(rb"%02d[a-z]{2}\0{4}" % stream.index, tail.partition(b"idx1")[0]))
 
 def scaled_size(width: float, height: float, side: int) -> tuple[int, int]:
     """Returns (width, height) for a shorter side of `side` pixels, or unchanged if it has less."""
@@ -840,7 +830,7 @@ def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
     """Decodes the authors' HDF5: a JPEG for each frame in `video` -> (T, 3, H, W) uint8 RGB.
 
     side  as in `decode_video`
-    Raises InputError if h5py is missing or the file cannot be decoded.
+    Raises InputError if the package h5py is missing or the file cannot be decoded.
     """
     pictures, size = [], None
     try:
@@ -851,9 +841,7 @@ def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
                 size = size or scaled_size(picture.width, picture.height, side)
                 pictures.append(picture.resize(size, Image.Resampling.BILINEAR))
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    except ImportError:
-        raise InputError(f"{path}: reading it takes the package h5py; pip install h5py") from None
-    except Exception as error:                  # h5py and Pillow raise many types
+    except Exception as error:                  # ImportError, and h5py and Pillow raise many types
         raise InputError(f"{path}: its JPEGs cannot be read ({error})") from error
 
 # -------------------- 5. Data sets: each reader returns (clips, class names) --------------------
