@@ -379,7 +379,7 @@ def test_missing_and_repeated_clips_are_reported_and_the_share_found_is_told(tmp
     assert skipped == [(copy, "not used: other files of this clip come first"),
                        ("aaaaaaaaaa1", "missing: no file is named after this training clip"),
                        ("aaaaaaaaaa0", "listed twice: the first row counts")]
-    assert xmkd.coverage(clips, skipped).startswith("found 1 of 2 training clips (50.0 %)")
+    assert xmkd.coverage(clips, skipped).startswith("found 1 of 2 training clips (50.0%)")
 
 @pytest.mark.parametrize("row, reason", [
     ("aaaaaaaaaa0, 0, 10, /m/1", "train and eval are needed, .*'eval'.*; found 0 of 1 training"),

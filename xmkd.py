@@ -581,8 +581,6 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
     options = {"protocol_whitelist": ""}        # a playlist must not open other files or addresses
     try:
         with open(path, "rb") as file:
-            if not file.peek():
-                raise InputError("it is empty (0 bytes)")
             # FFmpeg does not recognise MPEG-TS, packets of 188 bytes, of two or three pictures.
             form = "mpegts" if file.peek()[:752:188] == b"GGGG" else None
             with av.open(file, format=form, options=options, metadata_errors="replace") as media:
@@ -745,8 +743,6 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     side        shorter side, in pixels, to which larger pictures are scaled down
     Raises InputError if the file has no picture there, is truncated, damaged or cannot be decoded.
     """
-    if not fps > 0:
-        raise InputError(f"{path}: fps is {fps}, but must be above 0")
     end = math.inf if end is None else end
     pictures, size, stop = [], None, start
     with open_stream(path, "video", find_seek(path, "video", start)) as stream:
@@ -835,8 +831,7 @@ class Clip(NamedTuple):
     video: str | None = None        # path of the file with the pictures, often the same
     start: float = 0.0              # seconds
     end: float | None = None        # seconds; None: to the end of the file
-    cut: bool | None = None         # True: the file holds start to end alone; False: the whole
-                                    # recording; None: its duration decides
+    cut: bool | None = None         # if its files hold start to end alone; None: their lengths tell
 
 DataSet = tuple[list[Clip], list[str]]          # clips and class names
 SOUND_FILES = tuple(""".wav .flac .mp3 .m4a .ogg .oga .opus .aac .mka .weba .aif .aiff .aifc .caf
@@ -850,7 +845,7 @@ MISSING = {"train": "missing: no file is named after this training clip",
            "eval": "missing: no file is named after this evaluation clip"}
 
 def find_list(root: str | Path, *patterns: str) -> Path:
-    """Returns the path that fits, in `root` or one folder below; InputError unless it is one."""
+    """Returns the match in `root` or one folder below. Raises InputError unless there is one."""
     for pattern in patterns:
         for place in (pattern, f"[!.]*/{pattern}"):
             found = [path for path in sorted(Path(root).glob(place)) if path.name[0] != "."]
@@ -916,9 +911,8 @@ def find_files(root: str | Path) -> list[str]:
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         names = [name for name in names if name[0] != "." and not name.endswith(".npy")]
-        paths = [os.path.join(folder, name) for name in names]
-        found += filter(os.path.isfile, paths)
-    return sorted(found)
+        found += [os.path.join(folder, name) for name in names]
+    return sorted(filter(os.path.isfile, found))
 
 def name_of(path: str) -> str:
     """Returns a file's name without extension and, of yt-dlp's parts, without .f137 or .temp."""
@@ -939,8 +933,10 @@ def streams_in(path: str, look: bool = True) -> set[str]:
 
 def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> Clip:
     """Returns the clip with a file for its sound and one for its pictures, out of {path: cut}."""
-    # A single file is not opened, since with two million clips this would take hours.
-    held = {path: streams_in(path, look=len(cut_of) > 1) for path in cut_of}
+    if len(cut_of) == 1:                    # is not opened: with two million clips this takes hours
+        path, cut = cut_of.popitem()
+        return clip._replace(cut=cut, **dict.fromkeys(streams_in(path, look=False), path))
+    held = {path: streams_in(path) for path in cut_of}
 
     def rank(path: str) -> tuple:
         # What cannot be read comes last: it serves if there is nothing else, as decoding says why.
@@ -1001,8 +997,7 @@ def coverage(clips: list[Clip], skipped: list) -> str:
     for split, name in (("train", "training"), ("eval", "evaluation")):
         found = sum(clip.split == split for clip in clips)
         listed = found + reasons[MISSING[split]]
-        share = 100 * found / max(listed, 1)
-        parts.append(f"{found:,} of {listed:,} {name} clips ({share:.1f} %)")
+        parts.append(f"{found:,} of {listed:,} {name} clips ({found / max(listed, 1):.1%})")
     return "found " + " and ".join(parts)
 
 def lone_labels(clips: list[Clip], classes: list[str]) -> list[str]:
@@ -1083,11 +1078,10 @@ def read_ucf101(root: str | Path, fold: int = 1, skipped: list | None = None) ->
         for number, line in enumerate(read_text(path).splitlines(), 1):
             label, _, rest = line.strip().lower().partition("/")
             if label and (label not in known or len(rest.split()) not in (1, 2)):
-                raise InputError(f"{path}:{number}: expected class/file [number], got {line!r}")
+                raise InputError(f"{path}:{number}: expected class/file, got {line.strip()!r}")
             if label in index:
                 clips.append(Clip(name_of(line.split()[0]), (index[label],), split))
     id_of = {clip.id.lower(): clip.id for clip in clips}
-
     match = lambda path, name: ([id_of.get(name.lower())], None)
     return attach_files(clips, root, skipped, match), classes
 
@@ -1105,7 +1099,7 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
     rows, labels = [], set()
     for key, entry in content["database"].items():
         notes = {f"v_{key}_{k}": note for k, note in enumerate(entry.get("annotations", []))}
-        for name, note in [(key, entry), *notes.items()]:       # ActivityNet has notes
+        for name, note in [(key, entry), *notes.items()]:       # notes: ActivityNet's
             if entry["subset"] not in splits or "label" not in note:
                 continue
             labels.add(note["label"])
