@@ -49,7 +49,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -884,7 +884,7 @@ def are_times(start: float, end: float | None) -> bool:
     """Returns whether these can be a part of a file, in seconds; None is the file's end."""
     return 0 <= start < math.inf and (end is None or start < end < math.inf)
 
-def make_clips(rows: list[tuple], classes: list[str]) -> list[Clip]:
+def make_clips(rows: Iterable[tuple], classes: list[str]) -> list[Clip]:
     """Makes clips of (place, id, labels, split, start, end). Raises InputError with the place."""
     clips, index = [], {name: i for i, name in enumerate(classes)}
     for place, *row in rows:
@@ -997,7 +997,8 @@ def coverage(clips: list[Clip], skipped: list) -> str:
     for split, name in (("train", "training"), ("eval", "evaluation")):
         found = sum(clip.split == split for clip in clips)
         listed = found + reasons[MISSING[split]]
-        parts.append(f"{found:,} of {listed:,} {name} clips ({found / max(listed, 1):.1%})")
+        share = found / max(listed, 1)
+        parts.append(f"{found:,} of {listed:,} {name} clips ({share:.1%})")
     return "found " + " and ".join(parts)
 
 def lone_labels(clips: list[Clip], classes: list[str]) -> list[str]:
@@ -1027,19 +1028,21 @@ def read_audioset(root: str | Path, split: str = "balanced",
     table = read_table(find_list(root, "class_labels_indices.csv"), "index,mid,display_name")
     labels = sorted([row for _, row in table if row["mid"]], key=lambda row: int(row["index"]))
     names = ["balanced_train", "unbalanced_train"] if split == "all" else [f"{split}_train"]
-    rows = []
-    for name in [*names, "*eval"]:
-        path = find_list(root, f"{name}_segments.csv")
-        part = "eval" if name == "*eval" else "train"
-        for number, line in enumerate(read_text(path).splitlines(), 1):
-            # Spreadsheets add quotes, spaces and empty cells, and turn an id like -abc into #NAME?.
-            cells = line.replace('"', " ").replace(",", " ").split()
-            if not cells or cells[0] == "#":
-                continue
-            if len(cells[0]) != 11:
-                raise InputError(f"{path}:{number}: {cells[0]!r} is no id of 11 characters")
-            rows.append((f"{path}:{number}", cells[0], cells[3:], part, *cells[1:3]))
-    clips = make_clips(rows, [row["mid"] for row in labels])
+
+    def rows() -> Iterator[tuple]:
+        for name in [*names, "*eval"]:
+            path = find_list(root, f"{name}_segments.csv")
+            part = "eval" if name == "*eval" else "train"
+            for number, line in enumerate(read_text(path).splitlines(), 1):
+                # Spreadsheets add quotes, spaces and empty cells, and turn an id into #NAME?.
+                cells = line.replace('"', " ").replace(",", " ").split()
+                if not cells or cells[0] == "#":
+                    continue
+                if len(cells[0]) != 11:
+                    raise InputError(f"{path}:{number}: {cells[0]!r} is no id of 11 characters")
+                yield f"{path}:{number}", cells[0], cells[3:], part, *cells[1:3]
+
+    clips = make_clips(rows(), [row["mid"] for row in labels])
     start_of = {clip.id: clip.start for clip in clips}
 
     def match(path: str, stem: str) -> tuple[list, bool | None]:
