@@ -747,11 +747,11 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path, demo, monkeypatch):
     assert xmkd.main(one) == 0
     train_epoch, calls = xmkd.train_epoch, []
 
-    def stop(*arguments):
+    def stop(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:                             # in the second epoch of the student
             raise KeyboardInterrupt
-        return train_epoch(*arguments)
+        return train_epoch(*arguments, **options)
 
     monkeypatch.setattr(xmkd, "train_epoch", stop)
     assert xmkd.main(two) == 130

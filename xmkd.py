@@ -46,6 +46,7 @@ import shutil
 import signal
 import statistics
 import sys
+import textwrap
 import time
 import unicodedata
 from collections import Counter, defaultdict
@@ -1851,7 +1852,7 @@ def duration(seconds: float) -> str:
     for unit, length in ("days", 24 * 3600), ("h", 3600), ("min", 60):
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
 
 def progress(loader: DataLoader, what: str, rounds: int = 1) -> Iterator:
     """Yields a loader's batches; logs the pace and the time left after 10 s, then every 30 s.
@@ -1866,7 +1867,7 @@ def progress(loader: DataLoader, what: str, rounds: int = 1) -> Iterator:
             shown = time.time()
             pace = (shown - begun) / done
             left = duration(pace * (rounds * len(loader) - done))
-            log.info(f"  {what}: {done:,} of {len(loader):,}, {pace:.2g} s each, {left} left")
+            log.info(f"  {what}: {done:,} of {len(loader):,}, {duration(pace)} each, {left} left")
 
 def memory_in_use() -> float:
     """Returns the peak of the GPU's memory or, without one, what the process holds, in GB."""
@@ -2294,7 +2295,8 @@ def predict_files(saved: dict, paths: list[str], folder: str | None, views: View
 # -------------------- 13. Arguments and main --------------------
 # Defaults that depend on the data set, or on data set and task.
 RECIPES = {
-    "audioset": {"task": "audio_tagging", "epochs": 60},    # about as many steps as UCF51's (ours)
+    # Ours: about as many steps as UCF51's, and windows of three quarters of a clip.
+    "audioset": {"task": "audio_tagging", "epochs": 60, "seconds": 7.5},
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},   # authors
     "demo": {"task": "video_retrieval", "method": "student,xmkd", "teacher": "scratch",
              "teacher_epochs": 14, "frames": 1, "fps": 1.0, "size": 40, "frame_side": 48,
@@ -2555,7 +2557,8 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
             "choose another --task")
     lone = lone_labels(clips, classes)
     if lone:
-        log.warning(f"{len(lone):,} labels in one split only: {', '.join(lone[:9])}")
+        text = f"{len(lone):,} labels in one split only: {', '.join(lone)}"
+        log.warning(textwrap.shorten(text, 100, placeholder=" ..."))
     if args.per_class:
         clips = limit_classes(clips, args.per_class, args.seed)
     return clips, classes
@@ -2644,13 +2647,13 @@ def estimate(plan: list[tuple[str, Data, int]], batch_size: int, width: int,
     told, total = [], 0.0
     for name, data, epochs in plan:
         each = time_step(data, batch_size, width, machine)
-        told.append(f"{each * batch_size:.2g} s ({name})")
+        told.append(f"{duration(each * batch_size)} ({name})")
         total += each * epochs * len(data.train)
     log.info(f"a step of {batch_size} clips takes {' and '.join(told)}; training about "
              f"{duration(total)} in all")
     if total > 3 * 3600:
-        log.info("smaller: --width 16 --seconds 5 --frames 8 --size 64 --frame-side 112, or fewer "
-                 "--per-class, --epochs and --teacher-epochs")
+        log.info("smaller: --width 16 --seconds 5 --frames 8 --size 64 --frame-side 112, or a "
+                 "lower\n--per-class, --epochs and --teacher-epochs")
 
 # Options that may change on --resume and are not restored from --checkpoint.
 MAY_CHANGE = ("method", "seeds", "out", "cache", "resume", "checkpoint", "predict", "gallery",
@@ -2754,7 +2757,7 @@ def print_table(rows: dict[str, list[dict[str, float]]]) -> None:
             line += f"{cell:>16}"
         print(line)
 
-def save_results(out: Path, data: Data, begun: float, **content) -> None:
+def save_results(out: Path, data: Data, begun: float, /, **content) -> None:
     """Writes results.json: `content`, the number of clips and the seconds since `begun`."""
     clips = {"train": len(data.train), "eval": len(data.eval)}
     seconds = round(time.time() - begun, 1)
