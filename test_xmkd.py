@@ -379,13 +379,13 @@ def test_missing_and_repeated_clips_are_reported_and_the_share_found_is_told(tmp
     assert skipped == [(copy, "not used: other files of this clip come first"),
                        ("aaaaaaaaaa1", "missing: no file is named after this training clip"),
                        ("aaaaaaaaaa0", "listed twice: the first row counts")]
-    assert xmkd.coverage(clips, skipped).startswith("found 1 of 2 training clips (50.0 %)")
+    assert xmkd.coverage(clips, skipped).startswith("found 1 of 2 training clips (50.0%)")
 
 @pytest.mark.parametrize("row, reason", [
-    ("aaaaaaaaaa0, 0, 10, /m/1", "train split is empty; found 0 of 1 training"),
+    ("aaaaaaaaaa0, 0, 10, /m/1", "train and eval are needed, .*'eval'.*; found 0 of 1 training"),
     ("aaaaaaaaaa0, 10, nan, /m/1", "balanced_train_segments.csv:2: .*0 <= start < end"),
-    ("aaaaaaaaaa0, 0, 10, /m/9", "balanced_train_segments.csv:2: unknown label '/m/9'"),
-    ("#NAME?, 0, 10, /m/1", "balanced_train_segments.csv:2: expected id, start, end")])
+    ("aaaaaaaaaa0, 0, 10, /m/9", "balanced_train_segments.csv:2: .* known labels.*/m/9"),
+    ("#NAME?, 0, 10, /m/1", "balanced_train_segments.csv:2: '#NAME.' is no id of 11")])
 def test_a_list_that_cannot_be_used_says_why(tmp_path, row, reason):
     audioset(tmp_path, "# YTID\n" + row)
     with pytest.raises(xmkd.InputError, match=reason):
@@ -404,13 +404,13 @@ def test_a_folder_that_cannot_be_used_says_why(tmp_path, names, reason):
 def test_what_has_no_media_files_says_why(tmp_path):
     audioset(tmp_path, "aaaaaaaaaa0, 0, 10, /m/1\n")
     (tmp_path / "eval/Ybbbbbbbbbb0.wav").rename(tmp_path / "other.wav")
-    with pytest.raises(xmkd.InputError, match="for any .*, 2 in all.*a0.*bbbbbbbbbb0.*other.wav"):
+    with pytest.raises(xmkd.InputError, match="any of 2 listed .*a0.*bbbbbbbbbb0.*other.wav"):
         xmkd.read_data(tmp_path)
-    with pytest.raises(xmkd.InputError, match="other.wav: it is a file"):
+    with pytest.raises(xmkd.InputError, match="other.wav: there is no such folder"):
         xmkd.read_data(tmp_path / "other.wav")
 
 @pytest.mark.parametrize("row, reason", [
-    ("a,test,dog", ":3: expected id,split,labels"), ("a,train,dog,,, bat", ":3: .* more cells"),
+    ("a,test,dog", ":3: expected an id, .*'test'"), ("a,train,dog,,, bat", ":3: .* more cells"),
     ("a,train,dog,-5,1", ":3: .*0 <= start < end"), ("a,train,dog,2,1", ":3: .*0 <= start < end"),
     ("a,train,dog,nan,", ":3: .*0 <= start < end"), ("a,train,b\udce4r", ": .*save it in UTF-8")])
 def test_a_row_of_clips_csv_that_cannot_be_used_is_named(tmp_path, row, reason):

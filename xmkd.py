@@ -49,7 +49,7 @@ import textwrap
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
@@ -562,16 +562,10 @@ class Prepare(nn.Module):
 # -------------------- 4. Media: from files to tensors, by FFmpeg (PyAV) --------------------
 @contextmanager
 def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
-    """Opens a local file and yields the "audio" or "video" stream that FFmpeg would choose.
-
-    seek  seconds since the file's start; reading begins there or earlier
-    Whatever fails inside the `with` block becomes an InputError that names the file.
-    """
+    """Yields a file's "audio" or "video" stream, from `seek` seconds on; errors name the file."""
     options = {"protocol_whitelist": ""}        # a playlist must not open other files or addresses
     try:
         with open(path, "rb") as file:
-            if not file.peek():
-                raise InputError("it is empty (0 bytes)")
             # FFmpeg does not recognise MPEG-TS, packets of 188 bytes, of two or three pictures.
             form = "mpegts" if file.peek()[:752:188] == b"GGGG" else None
             with av.open(file, format=form, options=options, metadata_errors="replace") as media:
@@ -588,22 +582,15 @@ def open_stream(path: str | Path, kind: str, seek: float = 0.0) -> Iterator:
 def choose_stream(container, kind: str):
     """Returns the stream that FFmpeg would choose; cover art is not video."""
     cover = av.stream.Disposition.attached_pic
-    found = [each for each in getattr(container.streams, kind) if not each.disposition & cover]
-    if not found:
-        raise InputError(f"it has no {kind} stream")
-    best = container.streams.best(kind)
-    stream = best if best in found else found[0]
-    if stream.codec_context is None:
-        raise InputError(f"its {kind} is in a codec that FFmpeg does not know; convert it")
-    stream.thread_type = "NONE"                 # decoder threads can hang in forked processes
-    return stream
+    for stream in container.streams.best(kind), *getattr(container.streams, kind):
+        if stream and stream.codec_context and not stream.disposition & cover:
+            stream.thread_type = "NONE"         # decoder threads can hang in forked processes
+            return stream
+    raise InputError(f"it has no {kind} stream that FFmpeg can decode")
 
 def find_seek(path: str | Path, kind: str, start: float) -> float:
-    """Returns where to seek to, in seconds, to decode from `start` on; 0 is the file's beginning.
-
-    A seek can land after `start` in files that do not say where decoding can begin: MPEG-TS,
-    files without an index or with wrong key flags. So the seek is tried first.
-    """
+    """Returns the second to seek to before decoding from `start` on; 0 is the file's beginning."""
+    # In MPEG-TS, or with wrong key flags, a seek can land after `start`. So it is tried first.
     if start > 1:
         with suppress(InputError), open_stream(path, kind, start - 1) as stream:
             begin, *_ = next(decode_frames(stream, start, start), [math.inf])
@@ -612,18 +599,14 @@ def find_seek(path: str | Path, kind: str, start: float) -> float:
     return 0.0
 
 def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
-    """Yields (begin, length, frame) from the current position on; times are in seconds.
-
-    A damaged packet loses its own frames and, in video, all up to the next key frame, which depend
-    on it. Raises InputError if more than half a second of [start, end) is lost.
-    """
+    """Yields (begin, length, frame), times in seconds, from the current position on."""
     origin = (stream.container.start_time or 0) / av.time_base
     intact, damaged, following = False, False, 0.0
     for packet in stream.container.demux(stream):
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
-            intact, damaged = False, True
+            intact, damaged = False, True       # until a key frame: other pictures depend on it
             continue
         # An edit list may begin inside a group of pictures: the key frame before it is not shown.
         intact = intact or packet.is_discard
@@ -648,17 +631,14 @@ def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
             yield begin, length, frame
 
 def check_length(stream, start: float, end: float, got: float) -> None:
-    """Raises InputError unless the `got` seconds from `start` on are what the header promises.
-
-    In formats other than these the length is FFmpeg's guess, which promises nothing.
-    """
+    """Raises InputError unless the `got` seconds from `start` on are what the header promises."""
     if got <= 0.001:
         raise InputError(f"there is no {stream.type} at {start:g} s")
     container = stream.container
     origin = (container.start_time or 0) / av.time_base
     form = container.format.name.split(",")[0]
     first = stream.start_time or 0
-    last = -math.inf
+    last = -math.inf                            # other formats guess, which promises nothing
     told = (first + (stream.duration or 0)) * stream.time_base
     # FFmpeg guesses from the size if an MP3 has no LAME header, or a large tag behind the sound.
     guessed = form == "mp3" and told * stream.bit_rate < 1.05 * 8 * container.size
@@ -690,10 +670,8 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
         frames = decode_frames(stream, start, end)
         for begin, samples in join_frames(frames, end, rate):
             gap = round((begin - start) * rate) - written
-            if gap > 0:
-                samples = np.pad(samples, (gap, 0))
-            else:
-                samples = samples[-gap:]        # drops overlaps and what lies before `start`
+            samples = np.pad(samples, (max(gap, 0), 0))
+            samples = samples[max(-gap, 0):]    # drops overlaps and what lies before `start`
             parts.append(samples)
             written += len(samples)
             if begin < end:
@@ -707,10 +685,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
     return torch.from_numpy(sound)
 
 def join_frames(frames: Iterator[tuple], end: float, rate: int) -> Iterator[tuple]:
-    """Yields (seconds, mono samples at `rate`) for each stretch of frames without a gap.
-
-    The first frame from `end` on is included, because it shows that the sound goes on.
-    """
+    """Yields (seconds, mono samples at `rate`) for each stretch of frames without a gap."""
     stretches, overlap = [], 0.0
     following, source = -math.inf, 0
     for begin, length, frame in frames:
@@ -723,7 +698,7 @@ def join_frames(frames: Iterator[tuple], end: float, rate: int) -> Iterator[tupl
             raise InputError("its timestamps overlap or restart in mid-stream; convert it")
         parts.append(to_mono(frame))
         following += length
-        if begin >= end:
+        if begin >= end:                                # the sound goes on behind the end
             break
     for begin, source, parts in stretches:
         frame = av.AudioFrame.from_ndarray(np.concatenate(parts)[None], "fltp", "mono")
@@ -753,8 +728,6 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     side        shorter side, in pixels, to which larger pictures are scaled down
     Raises InputError if the file has no picture there, is truncated, damaged or cannot be decoded.
     """
-    if not fps > 0:
-        raise InputError(f"{path}: fps is {fps}, but must be above 0")
     end = math.inf if end is None else end
     pictures, size, stop = [], None, start
     with open_stream(path, "video", find_seek(path, "video", start)) as stream:
@@ -775,11 +748,8 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 def show_frames(frames: Iterator[tuple], stream) -> Iterator[tuple]:
-    """Yields (begin, stop, frame): when each picture of a stream is shown, in seconds.
-
-    The k-th picture gets the k-th smallest time: B-frames in AVI carry each other's timestamps. The
-    last picture is shown as long as the file says.
-    """
+    """Yields (begin, stop, frame): when each picture of a stream is shown, in seconds."""
+    # B-frames in AVI carry each other's times, so the k-th picture gets the k-th smallest.
     times, pictures = [], []
     shown, stop = -math.inf, 0.0
     for begin, length, frame in frames:
@@ -792,14 +762,12 @@ def show_frames(frames: Iterator[tuple], stream) -> Iterator[tuple]:
             shown = times.pop(0)
             yield shown, times[0], pictures.pop(0)
     if stream.container.format.name == "avi" and len(stream.index_entries):
-        stop += count_empty(stream) / stream.guessed_rate
+        # Each empty chunk behind the pictures of an AVI shows the last one again.
+        last = stream.index_entries[-1]
+        tail = np.fromfile(stream.container.name, np.uint8, offset=last.pos).tobytes()
+        empty = re.findall(rb"%02d[a-z]{2}\0{4}" % stream.index, tail.partition(b"idx1")[0])
+        stop += len(empty) / stream.guessed_rate
     yield from zip(times, times[1:] + [stop], pictures)
-
-def count_empty(stream) -> int:
-    """Counts the empty chunks behind the pictures of an AVI; each shows the last picture again."""
-    last = stream.index_entries[-1]
-    tail = np.fromfile(stream.container.name, np.uint8, offset=last.pos).tobytes()
-    return len(re.findall(rb"%02d[a-z]{2}\0{4}" % stream.index, tail.partition(b"idx1")[0]))
 
 def scaled_size(width: float, height: float, side: int) -> tuple[int, int]:
     """Returns (width, height) for a shorter side of `side` pixels, or unchanged if it has less."""
@@ -824,8 +792,7 @@ def to_rgb(frame: av.VideoFrame, size: tuple[int, int]) -> np.ndarray:
 def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
     """Decodes the authors' HDF5: a JPEG for each frame in `video` -> (T, 3, H, W) uint8 RGB.
 
-    side  as in `decode_video`
-    Raises InputError if h5py is missing or the file cannot be decoded.
+    Raises InputError without h5py or if it cannot be decoded; `side` is as in `decode_video`.
     """
     pictures, size = [], None
     try:
@@ -836,9 +803,7 @@ def decode_hdf5(path: str | Path, side: int = 128) -> Tensor:
                 size = size or scaled_size(picture.width, picture.height, side)
                 pictures.append(picture.resize(size, Image.Resampling.BILINEAR))
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    except ImportError:
-        raise InputError(f"{path}: reading it takes the package h5py; pip install h5py") from None
-    except Exception as error:                  # h5py and Pillow raise many types
+    except Exception as error:                  # ImportError, and h5py and Pillow raise many types
         raise InputError(f"{path}: its JPEGs cannot be read ({error})") from error
 
 # -------------------- 5. Data sets: each reader returns (clips, class names) --------------------
@@ -851,8 +816,7 @@ class Clip(NamedTuple):
     video: str | None = None        # path of the file with the pictures, often the same
     start: float = 0.0              # seconds
     end: float | None = None        # seconds; None: to the end of the file
-    cut: bool | None = None         # True: the file holds start to end alone; False: the whole
-                                    # recording; None: its duration decides
+    cut: bool | None = None         # if its files hold start to end alone; None: their lengths tell
 
 DataSet = tuple[list[Clip], list[str]]          # clips and class names
 SOUND_FILES = tuple(""".wav .flac .mp3 .m4a .ogg .oga .opus .aac .mka .weba .aif .aiff .aifc .caf
@@ -861,15 +825,12 @@ FILM_FILES = tuple(""".mp4 .mkv .webm .avi .mov .m4v .mpg .mpeg .mpe .ts .3gp .3
     .vob .flv .f4v .wmv .asf .ogv .ogm .divx .dv .qt .rm .rmvb .mxf .nut""".split())
 FRAME_FILES = (".hdf5",)                        # a JPEG a frame, as in the authors' release
 MEDIA_FILES = SOUND_FILES + FILM_FILES + FRAME_FILES
-NO_MEDIA = "not used: its ending is none of a media file that is known; convert or rename it"
+NO_MEDIA = "not used: only files with the ending of a media file are"
 MISSING = {"train": "missing: no file is named after this training clip",
            "eval": "missing: no file is named after this evaluation clip"}
 
 def find_list(root: str | Path, *patterns: str) -> Path:
-    """Returns the path that matches the first pattern with a match in `root` or one folder below.
-
-    Raises InputError if there is none, or if it is open which of several is meant.
-    """
+    """Returns the match in `root` or one folder below. Raises InputError unless there is one."""
     for pattern in patterns:
         for place in (pattern, f"[!.]*/{pattern}"):
             found = [path for path in sorted(Path(root).glob(place)) if path.name[0] != "."]
@@ -889,59 +850,66 @@ def read_text(path: Path) -> str:
         text = json.dumps(json.loads(text), ensure_ascii=False)
     return unicodedata.normalize("NFC", text)
 
-def read_table(path: Path) -> list[tuple[int, dict[str, str]]]:
-    """Returns the number and the cells, by column, of each line below a list's header.
+def read_table(path: Path, header: str) -> list[tuple[str, dict[str, str]]]:
+    """Returns (place, {column: cell}) of each row of a CSV list; a place is "clips.csv:3".
 
-    Raises InputError if a line has more cells than the header, as an unquoted comma makes it.
+    Raises InputError if a column of `header` is missing or a row has more cells than the first.
     """
     rows, reader = [], csv.DictReader(io.StringIO(read_text(path)), restval="")
+    if not set(header.split(",")) <= set(reader.fieldnames or []):
+        raise InputError(f"{path}: its first line must name the columns {header}, with commas")
     for row in reader:
+        place = f"{path}:{reader.line_num}"
         if "".join(row.pop(None, [])).strip():
-            raise InputError(f"{path}:{reader.line_num}: it has more cells than the header; put "
-                             "cells with a comma into quotes")
-        rows.append((reader.line_num, row))
+            raise InputError(f"{place}: it has more cells than the header; quote those with commas")
+        rows.append((place, row))
     return rows
 
 def are_times(start: float, end: float | None) -> bool:
     """Returns whether these can be a part of a file, in seconds; None is the file's end."""
     return 0 <= start < math.inf and (end is None or start < end < math.inf)
 
-def find_files(root: str | Path) -> list[str]:
-    """Returns the sorted paths of all files below `root` but hidden ones and embeddings (.npy).
+def make_clips(rows: Iterable[tuple], classes: list[str]) -> list[Clip]:
+    """Makes clips of (place, id, labels, split, start, end). Raises InputError with the place."""
+    clips, index = [], {name: i for i, name in enumerate(classes)}
+    for place, *row in rows:
+        try:
+            name, names, split, start, end = row
+            labels = tuple(sorted({index[label] for label in names}))
+            start, end = float(start), end and float(end)
+        except (KeyError, ValueError):
+            labels = ()
+        if not (labels and name and split in MISSING and are_times(start, end)):
+            raise InputError(f"{place}: expected an id, known labels, split train or eval and "
+                             f"0 <= start < end, got {str(row)[:200]}")
+        clips.append(Clip(name, labels, split, start=start, end=end))
+    return clips
 
-    Linked folders are followed, but no folder is read twice.
-    """
+def find_files(root: str | Path) -> list[str]:
+    """Returns the sorted paths of all files below `root` but hidden ones and embeddings (.npy)."""
     found, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        is_new = real not in seen
+        if real in seen:                        # by a link, which may lead round in a circle
+            subfolders.clear()
+            continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if is_new and name[0] != ".")
-        for name in names:
-            path = os.path.join(folder, name)
-            is_meant = is_new and name[0] != "." and not name.endswith(".npy")
-            if is_meant and os.path.isfile(path):
-                found.append(path)
-    return sorted(found)
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        names = [name for name in names if name[0] != "." and not name.endswith(".npy")]
+        found += [os.path.join(folder, name) for name in names]
+    return sorted(filter(os.path.isfile, found))
 
 def name_of(path: str) -> str:
-    """Returns the name of a file without extension and without the marks of yt-dlp's parts.
-
-    Until yt-dlp has merged them into `name.mp4` the parts are `name.f137.mp4` and `name.temp.mp4`.
-    """
+    """Returns a file's name without extension and, of yt-dlp's parts, without .f137 or .temp."""
     stem = os.path.splitext(os.path.basename(path))[0]
     return re.sub(r"\.(temp|f\d+(-[^.]*)?)$", "", stem) if "." in stem else stem
 
-def streams_by_name(path: str) -> set[str]:
-    """Returns which of "audio" and "video" a file may hold, by its ending."""
-    if path.lower().endswith(SOUND_FILES):
-        return {"audio"}
-    return {"video"} if path.lower().endswith(FRAME_FILES) else {"audio", "video"}
-
-def streams_in(path: str) -> set[str]:
-    """Returns which of "audio" and "video" a file holds; none if it cannot be read."""
+def streams_in(path: str, look: bool = True) -> set[str]:
+    """Returns which of "audio" and "video" a file holds or, unless `look`, may hold by its name."""
     if path.lower().endswith(FRAME_FILES):
         return {"video"}
+    if not look:
+        return {"audio"} if path.lower().endswith(SOUND_FILES) else {"audio", "video"}
     held = set()
     for kind in ("audio", "video"):
         with suppress(InputError), open_stream(path, kind):
@@ -949,26 +917,21 @@ def streams_in(path: str) -> set[str]:
     return held
 
 def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> Clip:
-    """Returns the clip with a file for its sound and one for its pictures, out of {path: cut}.
-
-    Files that are cut to the clip come first, parts that yt-dlp left behind last. Sound files come
-    before films, and films with sound before silent ones. What cannot be read serves if there is
-    nothing else, since decoding says why. The others are named in `skipped`.
-    """
+    """Returns the clip with a file for its sound and one for its pictures, out of {path: cut}."""
     if len(cut_of) == 1:                    # is not opened: with two million clips this takes hours
         path, cut = cut_of.popitem()
-        return clip._replace(cut=cut, **dict.fromkeys(streams_by_name(path), path))
+        return clip._replace(cut=cut, **dict.fromkeys(streams_in(path, look=False), path))
     held = {path: streams_in(path) for path in cut_of}
 
     def rank(path: str) -> tuple:
-        stem = os.path.splitext(os.path.basename(path))[0]
-        source = not held[path], not cut_of[path], name_of(path) != stem
+        # What cannot be read comes last: it serves if there is nothing else, as decoding says why.
+        source = not held[path], not cut_of[path], name_of(path) != Path(path).stem
         is_film = not path.lower().endswith(SOUND_FILES)
         return source, is_film, -len(held[path]), len(path), path
 
     files = {}
     for path in sorted(cut_of, key=rank):
-        for kind in held[path] or streams_by_name(path):
+        for kind in held[path] or streams_in(path, look=False):
             files.setdefault(kind, path)
     unused = [path for path in cut_of if path not in files.values()]
     skipped += [(path, "not used: other files of this clip come first") for path in unused]
@@ -986,17 +949,14 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None,
     """
     skipped = [] if skipped is None else skipped
     root = str(Path(root))                      # without a slash at its end
-    if {clip.split for clip in clips} - set(MISSING):
-        raise InputError(f"{root}: each clip's split must be train or eval")
-    files, media = {clip.id: [] for clip in clips}, []
+    files = {clip.id: {} for clip in clips}     # {path: cut} of each
     for path in find_files(root):
         below = unicodedata.normalize("NFC", path[len(root) + 1:])
         ids, cut = match(below, name_of(below))
         known = files.keys() & ids
         if path.lower().endswith(MEDIA_FILES):
-            media.append(path)
             for name in known:
-                files[name].append((path, cut))
+                files[name][path] = cut
         elif known:
             skipped.append((path, NO_MEDIA))
     found = []
@@ -1007,27 +967,23 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None,
         elif not candidates:
             skipped.append((clip.id, MISSING[clip.split]))
         else:
-            found.append(choose_files(clip, dict(candidates), skipped))
+            found.append(choose_files(clip, candidates, skipped))
     if not found:
         ids = [clip.id for clip in clips[:3]]
-        names = [path[len(root) + 1:] for path in media[:3]]
-        raise InputError(f"{root}: no file here for any listed clip, {len(clips):,} in all; "
-                         f"the first ids are {ids}, the first files {names}; they must match")
+        media = [path for path in find_files(root) if path.lower().endswith(MEDIA_FILES)]
+        raise InputError(f"{root}: no file is named after any of {len(clips):,} listed clips; the "
+                         f"first ids are {ids}, the first files {media[:3]}; they must match")
     return found
-
-def counted(number: int, noun: str) -> str:
-    """Returns "1 clip" or "2,000 clips"."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
 
 def coverage(clips: list[Clip], skipped: list) -> str:
     """Says how many of the listed clips of each split have a file."""
     reasons = Counter(reason for _, reason in skipped)
     parts = []
-    for split, noun in (("train", "training clip"), ("eval", "evaluation clip")):
+    for split, name in (("train", "training"), ("eval", "evaluation")):
         found = sum(clip.split == split for clip in clips)
         listed = found + reasons[MISSING[split]]
-        share = 100 * found / max(listed, 1)
-        parts.append(f"{found:,} of {counted(listed, noun)} ({share:.1f} %)")
+        share = found / max(listed, 1)
+        parts.append(f"{found:,} of {listed:,} {name} clips ({share:.1%})")
     return "found " + " and ".join(parts)
 
 def lone_labels(clips: list[Clip], classes: list[str]) -> list[str]:
@@ -1038,40 +994,13 @@ def lone_labels(clips: list[Clip], classes: list[str]) -> list[str]:
     lone = [f"{classes[k]} (training)" for k in seen["train"] - seen["eval"]]
     return sorted(lone + [f"{classes[k]} (evaluation)" for k in seen["eval"] - seen["train"]])
 
-def read_segments(path: Path, split: str, index: dict[str, int]) -> list[Clip]:
-    """Reads an AudioSet list with rows `id, start, end, "label,label"`; `index` numbers the labels.
-
-    The quotes, spaces and empty cells that spreadsheets add are ignored. Raises InputError.
-    """
-    clips = []
-    for number, line in enumerate(io.StringIO(read_text(path)), 1):
-        cells = line.replace('"', " ").replace(",", " ").split()
-        if not cells or cells[0] == "#":
-            continue
-        try:
-            name, start, end = cells[0], float(cells[1]), float(cells[2])
-            labels = tuple(sorted({index[label] for label in cells[3:]}))
-            if len(name) != 11 or not labels or not are_times(start, end):
-                raise ValueError("needs 11 characters of id, labels and 0 <= start < end")
-        except KeyError as error:
-            raise InputError(f"{path}:{number}: unknown label {error}, it is not in "
-                             "class_labels_indices.csv") from None
-        except (ValueError, IndexError) as error:
-            raise InputError(f"{path}:{number}: expected id, start, end and labels, got "
-                             f"{line.strip()[:200]!r}: {error}") from None
-        clips.append(Clip(name, labels, split, start=start, end=end))
-    return clips
-
 def tells_start(rest: str, start: float) -> bool:
-    """Returns whether the start time follows the id in a file's name; then the file is cut.
-
-    Downloaders write `_30.000_40.000`, `_30.0-40.0`, `_30`, or in milliseconds `_30000_40000`. A
-    rounded start needs an end behind it, since a number alone may be an index.
-    """
+    """Returns whether the start time follows the id in a file's name; then the file is cut."""
+    # Downloaders write `_30.000_40.000`, `_30.0-40.0`, `_30`, or in milliseconds `_30000_40000`.
     found = re.match(r"[_-]*(\d+\.?\d*)([_-]+\d+\.?\d*)?(?:[_-]|$)", rest)
     if not found:
         return False
-    told, margin = float(found[1]), 1 if found[2] else 0.001
+    told, margin = float(found[1]), 1 if found[2] else 0.001    # one number may be an index
     return abs(told - start) < margin or (start > 0 and abs(told / 1000 - start) < 0.01)
 
 def read_audioset(root: str | Path, split: str = "balanced",
@@ -1081,24 +1010,35 @@ def read_audioset(root: str | Path, split: str = "balanced",
     split  training list: "balanced", "unbalanced" or "all"; the evaluation list is always read.
     A file's name begins with the clip's id, or with Y, v_, id_ or v and the id. Raises InputError.
     """
-    table = read_table(find_list(root, "class_labels_indices.csv"))
-    rows = sorted([row for _, row in table if row["mid"]], key=lambda row: int(row["index"]))
-    index = {row["mid"]: i for i, row in enumerate(rows)}
-    classes = [row["display_name"].strip() for row in rows]
-    clips = []
-    for name in ("balanced", "unbalanced") if split == "all" else (split,):
-        clips += read_segments(find_list(root, f"{name}_train_segments.csv"), "train", index)
-    clips += read_segments(find_list(root, "*eval_segments.csv"), "eval", index)
+    table = read_table(find_list(root, "class_labels_indices.csv"), "index,mid,display_name")
+    labels = sorted([row for _, row in table if row["mid"]], key=lambda row: int(row["index"]))
+    names = ["balanced_train", "unbalanced_train"] if split == "all" else [f"{split}_train"]
+
+    def rows() -> Iterator[tuple]:
+        for name in [*names, "*eval"]:
+            path = find_list(root, f"{name}_segments.csv")
+            part = "eval" if name == "*eval" else "train"
+            for number, line in enumerate(read_text(path).splitlines(), 1):
+                # Spreadsheets add quotes, spaces and empty cells, and turn an id into #NAME?.
+                cells = line.replace('"', " ").replace(",", " ").split()
+                if not cells or cells[0] == "#":
+                    continue
+                if len(cells[0]) != 11:
+                    raise InputError(f"{path}:{number}: {cells[0]!r} is no id of 11 characters")
+                yield f"{path}:{number}", cells[0], cells[3:], part, *cells[1:3]
+
+    clips = make_clips(rows(), [row["mid"] for row in labels])
     start_of = {clip.id: clip.start for clip in clips}
 
     def match(path: str, stem: str) -> tuple[list, bool | None]:
         for prefix in ("", "Y", "v_", "id_", "v"):      # "" first: an id may begin with Y or v
             name = stem.removeprefix(prefix)
-            if name[:11] in start_of:
-                cut = tells_start(name[11:], start_of[name[:11]]) or None
-                return [name[:11]], cut
+            ytid, rest = name[:11], name[11:]
+            if ytid in start_of:
+                return [ytid], tells_start(rest, start_of[ytid]) or None
         return [], None
 
+    classes = [row["display_name"].strip() for row in labels]
     return attach_files(clips, root, skipped, match), classes
 
 # The 51 classes of UCF-101 that have sound.
@@ -1107,15 +1047,14 @@ UCF51 = """applyeyemakeup applylipstick archery babycrawling balancebeam bandmar
     boxingspeedbag brushingteeth cliffdiving cricketbowling cricketshot cuttinginkitchen
     fieldhockeypenalty floorgymnastics frisbeecatch frontcrawl haircut hammerthrow hammering
     handstandpushups handstandwalking headmassage icedancing knitting longjump moppingfloor
-    parallelbars playingcello playingdaf playingdhol playingflute playingsitar rafting
-    shavingbeard shotput skydiving soccerpenalty stillrings sumowrestling surfing tabletennisshot
-    typing unevenbars wallpushups writingonboard""".split()
+    parallelbars playingcello playingdaf playingdhol playingflute playingsitar rafting shavingbeard
+    shotput skydiving soccerpenalty stillrings sumowrestling surfing tabletennisshot typing
+    unevenbars wallpushups writingonboard""".split()
 
 def read_ucf101(root: str | Path, fold: int = 1, skipped: list | None = None) -> DataSet:
     """Reads UCF-101: ucfTrainTestlist/*.txt and v_*.avi, but only the 51 classes with sound.
 
-    fold  1, 2 or 3. Case is ignored, since UCF-101 itself writes HandstandPushups
-    and v_HandStandPushups. Raises InputError.
+    fold  1, 2 or 3. Case is ignored, since UCF-101 itself varies it. Raises InputError.
     """
     names = read_text(find_list(root, "classInd.txt")).split()[1::2]    # "1 ApplyEyeMakeup" ...
     known = [name.lower() for name in names]
@@ -1124,18 +1063,14 @@ def read_ucf101(root: str | Path, fold: int = 1, skipped: list | None = None) ->
     clips = []
     for split, name in (("train", "trainlist"), ("eval", "testlist")):
         path = find_list(root, f"{name}0{fold}.txt")
-        for number, line in enumerate(io.StringIO(read_text(path)), 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             label, _, rest = line.strip().lower().partition("/")
             if label and (label not in known or len(rest.split()) not in (1, 2)):
-                raise InputError(f"{path}:{number}: expected class/file and perhaps a number, the "
-                                 f"class as in classInd.txt, got {line.strip()!r}")
+                raise InputError(f"{path}:{number}: expected class/file, got {line.strip()!r}")
             if label in index:
                 clips.append(Clip(name_of(line.split()[0]), (index[label],), split))
     id_of = {clip.id.lower(): clip.id for clip in clips}
-
-    def match(path: str, name: str) -> tuple[list, None]:
-        return [id_of.get(name.lower())], None
-
+    match = lambda path, name: ([id_of.get(name.lower())], None)
     return attach_files(clips, root, skipped, match), classes
 
 def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
@@ -1143,36 +1078,33 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
 
     As in the authors' code, a clip is a segment. Its file is either cut, `v_<id>_<k>.*`, or the
     whole video, `v_<id>.*` or `<id>.*`. The classes are in the order of `labels`, or sorted where
-    there is none. Segments whose times cannot be are named in `skipped`. Raises InputError.
+    there is none. Raises InputError.
     """
     skipped = [] if skipped is None else skipped
     path = find_list(root, "*annotation.json", "activity_net*.json")
     content = json.loads(read_text(path))
-    entries = []
-    for key, entry in content["database"].items():
-        entries.append((key, entry["subset"], entry))
-        for k, note in enumerate(entry.get("annotations", [])):     # ActivityNet's own
-            entries.append((f"v_{key}_{k}", entry["subset"], note))
     splits = {"training": "train", "validation": "eval"}
-    entries = [entry for entry in entries if entry[1] in splits and "label" in entry[2]]
-    labels = {note["label"] for _, _, note in entries}
+    rows, labels = [], set()
+    for key, entry in content["database"].items():
+        notes = {f"v_{key}_{k}": note for k, note in enumerate(entry.get("annotations", []))}
+        for name, note in [(key, entry), *notes.items()]:       # notes: ActivityNet's
+            if entry["subset"] not in splits or "label" not in note:
+                continue
+            labels.add(note["label"])
+            start, end = note.get("segment", (0.0, None))
+            if are_times(start, end):
+                split = splits[entry["subset"]]
+                rows.append((f"{path}: {name}", name, [note["label"]], split, start, end))
+            else:
+                skipped.append((name, f"not used: {path} has it from {start} to {end} s"))
     classes = content.get("labels") or sorted(labels)
-    index = {name: i for i, name in enumerate(classes)}
-
-    clips, id_of, segments = [], {}, defaultdict(list)
-    for name, subset, note in entries:
-        if note["label"] not in index:
-            raise InputError(f"{path}: {name}: unknown label {note['label']!r}, not in `labels`")
-        start, end = note.get("segment", (0.0, None))
-        if not are_times(start, end):
-            skipped.append((name, f"not used: {path} has it from {start} to {end} s"))
-            continue
-        clips.append(Clip(name, (index[note["label"]],), splits[subset], start=start, end=end))
-        if end is None:
-            id_of[name.lower()] = name                  # UCF51's files differ in case
+    clips, id_of, segments = make_clips(rows, classes), {}, defaultdict(list)
+    for clip in clips:
+        id_of[clip.id] = clip.id
+        if clip.end is None:
+            id_of[clip.id.lower()] = clip.id            # UCF51's files differ in case
         else:
-            id_of[name] = name
-            segments[name.rpartition("_")[0]].append(name)
+            segments[clip.id.rpartition("_")[0]].append(clip.id)
 
     def match(path: str, stem: str) -> tuple[list, bool]:
         name = id_of.get(stem) or id_of.get(stem.lower())
@@ -1183,34 +1115,28 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
     return attach_files(clips, root, skipped, match), classes
 
 def read_folder(root: str | Path, skipped: list | None = None) -> DataSet:
-    """Reads a folder of folders, train/<label>/* and val/<label>/*: one label a clip.
+    """Reads train/<label>/* and val/<label>/* in `root` or one folder below: one label a clip.
 
-    They lie in `root` or one folder below. Files of one name in one folder are one clip. Raises
-    InputError if there is no val/ or no media file.
+    Files of one name in one folder are one clip. Raises InputError if there is no val/.
     """
     skipped = [] if skipped is None else skipped
     root = find_list(root, "train").parent
     if not (root / "val").is_dir():
-        raise InputError(f"{root}: there is train/, but no val/; rename the folder of evaluation "
-                         "clips, such as test/, to val/")
-    groups = defaultdict(list)
+        raise InputError(f"{root}: it has train/, but no val/; rename the likes of test/ to val/")
+    groups = defaultdict(dict)
     for path in find_files(root / "train") + find_files(root / "val"):
         below = unicodedata.normalize("NFC", os.path.relpath(path, root))
         folder = os.path.dirname(below)
-        if "/" not in folder:
-            skipped.append((path, f"not used: it lies in {folder}/, not in {folder}/<label>/"))
-        elif path.lower().endswith(MEDIA_FILES):
-            groups[f"{folder}/{name_of(below)}"].append(path)
+        if "/" in folder and path.lower().endswith(MEDIA_FILES):
+            groups[f"{folder}/{name_of(below)}"][path] = None
         else:
-            skipped.append((path, NO_MEDIA))
-    if not groups:
-        raise InputError(f"{root}: no media file in train/<label>/ or val/<label>/")
+            skipped.append((path, f"{NO_MEDIA}, in {folder.split('/')[0]}/<label>/"))
     classes = sorted({name.split("/")[1] for name in groups})
     clips = []
     for name, paths in groups.items():
         part, label, *_ = name.split("/")
-        clip = Clip(name, (classes.index(label),), "train" if part == "train" else "eval")
-        clips.append(choose_files(clip, dict.fromkeys(paths), skipped))
+        split = "train" if part == "train" else "eval"
+        clips.append(choose_files(Clip(name, (classes.index(label),), split), paths, skipped))
     return clips, classes
 
 def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
@@ -1220,35 +1146,25 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
     With columns `start` and `end`, in seconds, a clip is that part of its file. Where several rows
     have one id, each part is a clip called `<id>@<start>-<end>`, as in a@0-2.5. Raises InputError.
     """
-    path = find_list(root, "clips.csv")
-    rows = read_table(path)
-    joined = ";".join(row.get("labels", "") for _, row in rows)
-    classes = sorted({name.strip() for name in joined.split(";")} - {""})
-    index = {name: i for i, name in enumerate(classes)}
+    rows = []
+    for place, row in read_table(find_list(root, "clips.csv"), "id,split,labels"):
+        labels = {name.strip() for name in row["labels"].split(";")} - {""}
+        times = row.get("start") or 0, row.get("end") or None
+        rows.append((place, row["id"], labels, row["split"], *times))
+    classes = sorted(set().union(*[labels for _, _, labels, *_ in rows]))
+    counts = Counter(name for _, name, *_ in rows)
     clips, ids_of = [], defaultdict(list)
-    counts = Counter(row.get("id") for _, row in rows)
-    for number, row in rows:
-        try:
-            names = {name.strip() for name in row["labels"].split(";")} - {""}
-            labels = tuple(sorted(index[name] for name in names))
-            start = float(row.get("start") or 0)
-            end = float(row["end"]) if row.get("end") else None
-            if not (row["id"] and labels and row["split"] in MISSING and are_times(start, end)):
-                raise ValueError("needs an id, split train or eval, a label and 0 <= start < end")
-        except (KeyError, ValueError) as error:
-            raise InputError(f"{path}:{number}: expected id,split,labels and perhaps start,end, "
-                             f"got {list(row.values())}: {error}") from None
-        name = row["id"]
-        if counts[name] > 1 and (start or end):
-            name += "@" + "-".join(f"{time:.15g}" for time in (start, end) if time is not None)
-        ids_of[row["id"]].append(name)
-        clips.append(Clip(name, labels, row["split"], start=start, end=end))
+    for clip in make_clips(rows, classes):
+        name, times = clip.id, [time for time in (clip.start, clip.end) if time is not None]
+        if counts[clip.id] > 1 and any(times):
+            name += "@" + "-".join(f"{time:.15g}" for time in times)
+        ids_of[clip.id].append(name)
+        clips.append(clip._replace(id=name))
 
     def match(path: str, name: str) -> tuple[list, bool]:
-        for key in os.path.splitext(path)[0], os.path.splitext(os.path.basename(path))[0], name:
-            if key in ids_of:
-                return ids_of[key], False
-        return [], False
+        stem = os.path.splitext(path)[0]
+        ids = ids_of.get(stem) or ids_of.get(os.path.basename(stem)) or ids_of.get(name, [])
+        return ids, False
 
     return attach_files(clips, root, skipped, match), classes
 
@@ -1265,10 +1181,8 @@ def find_layout(root: str | Path) -> str:
     """Returns "demo" or the key of READERS that fits a folder. Raises InputError if none does."""
     if str(root) == "demo":
         return "demo"
-    if os.path.isfile(root):
-        raise InputError(f"{root}: it is a file; name the folder that it lies in")
     if not os.path.isdir(root):
-        raise InputError(f"{root}: there is no such folder")
+        raise InputError(f"{root}: there is no such folder; name the one that the lists lie in")
     for layout, (sign, _) in READERS.items():
         found = [*Path(root).glob(sign), *Path(root).glob(f"[!.]*/{sign}")]
         if layout == "release" and found and b'"segment"' in found[0].read_bytes():
@@ -1295,17 +1209,17 @@ def read_data(root: str | Path, split: str = "balanced", fold: int = 1,
     except (OSError, LookupError, ValueError, TypeError, AttributeError, csv.Error) as error:
         raise InputError(f"{root}: the {layout} lists cannot be read: "
                          f"{type(error).__name__}: {error}") from error
-    for part in ("train", "eval"):
-        if not any(clip.split == part for clip in clips):
-            raise InputError(f"{root}: the {part} split is empty; {coverage(clips, skipped)}")
+    splits = sorted({clip.split for clip in clips})
+    if splits != ["eval", "train"]:
+        raise InputError(f"{root}: files of the splits train and eval are needed, those of "
+                         f"{splits} are here; {coverage(clips, skipped)}")
     return layout, clips, classes
 
 def load_stream(clip: Clip, kind: str, fps: float = 4.0, side: int = 128) -> Tensor:
     """Decodes a clip's part of its file, which may be the whole recording or already cut.
 
     kind  "audio" or "video"; the rest is as in `decode_audio` and `decode_video`
-    Raises InputError as these do, if the clip has no such file, or if it is unclear whether the
-    file is already cut.
+    Raises InputError as these do, or if the clip has no such file or it is unclear what it holds.
     """
     path = clip.audio if kind == "audio" else clip.video
     start, end = clip.start, clip.end
@@ -1322,11 +1236,8 @@ def load_stream(clip: Clip, kind: str, fps: float = 4.0, side: int = 128) -> Ten
     return decode_video(path, start, end, fps, side)
 
 def is_cut(path: str, kind: str, start: float, end: float) -> bool:
-    """Returns whether, by its length, a file holds just [start, end) of a recording, or all of it.
-
-    Packets tell the length, since headers of piped files lack it and FFmpeg guesses MP3's.
-    Raises InputError if neither fits.
-    """
+    """Returns whether a file holds [start, end) of a recording or, by its length, all of it."""
+    # Packets tell the length, since headers of piped files lack it and FFmpeg guesses MP3's.
     length, segment = 0.0, end - start
     with open_stream(path, kind) as stream:
         origin = (stream.container.start_time or 0) / av.time_base
@@ -2353,7 +2264,7 @@ def predict_files(saved: dict, paths: list[str], folder: str | None, views: View
             print(f"  {scores[row[path], k]:.3f}  {names[k]}")
     bad = sum(path in reasons for path in files)
     if bad:
-        raise InputError(f"{bad} of {counted(len(files), 'file')} could not be used")
+        raise InputError(f"{bad} of {len(files):,} files could not be used")
 
 # -------------------- 13. Arguments and main --------------------
 # Defaults that depend on the data set, or on data set and task.
@@ -2604,7 +2515,7 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
     require(clips, kind, "the student", f"--task {args.task} needs other data")
     lone = lone_labels(clips, classes)
     if lone:
-        text = f"{counted(len(lone), 'label')} in one split only: {', '.join(lone)}"
+        text = f"{len(lone):,} labels in one split only: {', '.join(lone)}"
         log.warning(textwrap.shorten(text, 100, placeholder=" ..."))
     if args.per_class:
         clips = limit_classes(clips, args.per_class, args.seed)
