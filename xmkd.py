@@ -64,7 +64,7 @@ import torch.nn.functional as F
 import torchaudio
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
 from torchvision.transforms import v2
 
@@ -1369,7 +1369,7 @@ def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if event < 0:
         return np.abs(y) < 0.15                             # a bar across the picture
     angle = np.arctan2(y, x)
-    outlines = [np.ones_like(angle),                                    # disc
+    outlines = [1.0,                                                    # disc
                 0.62 / np.cos(angle % (2 * np.pi / 3) - np.pi / 3),     # triangle
                 0.78 / np.cos(angle % (np.pi / 2) - np.pi / 4),         # square
                 0.75 + 0.45 * np.cos(5 * angle),                        # star
@@ -1380,21 +1380,18 @@ def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     fillings = [depth < 1, depth > 0.6, stripes > 0, checks > 0]
     return (depth < 1) & fillings[event % 4]
 
-def demo_picture(events: dict[int, float], rng: np.random.Generator,
-                 easy: bool = False) -> np.ndarray:
+def demo_picture(events: dict, rng: np.random.Generator, easy: bool = False) -> np.ndarray:
     """Draws the shapes of {event: contrast} into noise: (48, 48, 3) uint8.
 
     easy  the shapes are larger, and the four patterns differ in colour
     """
-    hues = np.array([(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (1, 1, -1)])
-    rows, columns = np.mgrid[:48, :48]
+    hues = 2 * np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)]) - 1
     ground = rng.uniform(100, 156, 3)
     picture = rng.normal(ground, 8, (48, 48, 3))
     for event, contrast in events.items():
         radius = rng.uniform(10, 12.5) * (1.5 if easy else 1)
-        top, left = rng.uniform(radius, 48 - radius, 2)
-        down = (rows - top) / radius
-        right = (columns - left) / radius
+        centre = rng.uniform(radius, 48 - radius, (2, 1, 1))
+        down, right = (np.mgrid[:48, :48] - centre) / radius
         turn = rng.uniform(-0.4, 0.4)                       # radians
         x = right * np.cos(turn) + down * np.sin(turn)
         y = down * np.cos(turn) - right * np.sin(turn)
@@ -1460,33 +1457,29 @@ def demo_clip(first: int, student: str, tags: bool, noise: float, mismatch: floa
 
 def write_demo(root: Path, student: str, tags: bool, noise: float, mismatch: float, seed: int,
                train: int = 400, evaluation: int = 1000) -> None:
-    """Writes a generated data set into the new folder `root`: .avi files and clips.csv. The rules:
+    """Writes a generated data set into the new folder `root`: .avi files and clips.csv.
 
     There are 20 classes of events, five kinds in four patterns each. A picture shows an event as a
     shape (outline, filling), a sound plays it as a call (pitch, rhythm). Place, size, colour and
     loudness say nothing, but in a teacher's pictures the colour tells the filling, so that few
-    clips are enough for it. Both modalities have noise. Sound lasts a second, or 0.65 s where it is
-    the student's. A clip has one labelled event, with `tags` two in four of ten clips, and all
-    classes are equally frequent.
+    clips are enough for it. A clip has one labelled event, with `tags` two in four of ten clips.
     student   "audio" or "video": this modality always shows the labelled event, but faintly, and
-              up to two events of other classes, half as strong, beside it.
+              up to two events of other classes, half as strong, beside it
     The other modality is the teacher's. It is clear, but faulty:
-    noise     share of all clips into which an event that belongs to no class is mixed.
-    mismatch  share of the training clips that show other events instead, or, equally often, none.
+    noise     share of all clips into which an event that belongs to no class is mixed
+    mismatch  share of the training clips that show other events instead, or, equally often, none
     """
     rng = np.random.default_rng(seed)
     root.mkdir(parents=True)
-    rows = [("id", "split", "labels")]
+    rows = ["id,split,labels"]
     order = np.concatenate([rng.permutation(train), rng.permutation(evaluation)])
     for i, number in enumerate(order):
-        split = "train" if i < train else "eval"
-        faulty = mismatch if split == "train" else 0.0
+        split, faulty = ("train", mismatch) if i < train else ("eval", 0.0)
         labelled, sound, picture = demo_clip(number % 20, student, tags, noise, faulty, rng)
         write_media(root / f"{i:04d}.avi", sound, picture)
-        names = [f"event {event:02d}" for event in labelled]
-        rows.append((f"{i:04d}", split, ";".join(names)))
-    with open(root / "clips.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+        names = ";".join(f"event {event:02d}" for event in labelled)
+        rows.append(f"{i:04d},{split},{names}")
+    save(root / "clips.csv", "\n".join(rows))
 
 # -------------------- 7. Cache and views: decoded once, read in windows --------------------
 class Views(NamedTuple):
@@ -1502,49 +1495,43 @@ class Views(NamedTuple):
     strong: bool = False        # grey, full contrast; in training also inverted, turned (ours)
     resize: tuple[int, int] | None = None   # (H, W) to scale to before a centre crop
 
-    @property
-    def length(self) -> int:
-        """Returns the number of frames or samples in a window."""
-        return self.frames if self.kind == "video" else round(self.seconds * 32000)
+def pack(stream: Tensor) -> Tensor | dict:
+    """Returns what the cache keeps: sound as int16, or frames (T, 3, H, W), uint8, as JPEGs.
 
-def pack_frames(frames: Tensor) -> dict:
-    """Compresses frames (T, 3, H, W), uint8: `jpegs` joined, and `sizes`, the bytes of each."""
-    jpegs = []
-    for frame in frames.permute(0, 2, 3, 1).numpy():
-        jpeg = io.BytesIO()
-        Image.fromarray(frame).save(jpeg, "JPEG", quality=90)
-        jpegs.append(torch.frombuffer(jpeg.getbuffer(), dtype=torch.uint8))
-    return {"jpegs": torch.cat(jpegs), "sizes": [len(jpeg) for jpeg in jpegs]}
-
-def unpack_frames(jpegs: Sequence[Tensor], count: int) -> Tensor:
-    """Decodes JPEGs, each as its bytes, to `count` frames (count, 3, H, W), uint8, in a loop."""
-    frames = []
-    for jpeg in jpegs:
-        frames.append(np.asarray(Image.open(io.BytesIO(jpeg.numpy()))))
-    loops = math.ceil(count / len(frames))
-    return torch.from_numpy(np.stack((loops * frames)[:count])).permute(0, 3, 1, 2)
+    These are joined in `jpegs`, and `sizes` has the bytes of each.
+    """
+    if stream.is_floating_point():
+        return (stream.clamp(-1, 1) * 32767).round().short()
+    jpegs, sizes = io.BytesIO(), []
+    for frame in stream.permute(0, 2, 3, 1).numpy():
+        Image.fromarray(frame).save(jpegs, "JPEG", quality=90)
+        sizes.append(jpegs.tell() - sum(sizes))
+    return {"jpegs": torch.frombuffer(jpegs.getbuffer(), dtype=torch.uint8), "sizes": sizes}
 
 def read_cached(file: str | Path, kind: str) -> Sequence[Tensor]:
     """Maps a cached stream into memory: int16 samples (n,), or the JPEG of each frame.
 
-    Raises InputError if the file is not there, damaged or holds anything else.
+    Raises InputError if the file is not there or damaged.
     """
     try:
-        stream = torch.load(file, mmap=True, weights_only=True)
-        if kind == "video":
-            stream = stream["jpegs"].split(stream["sizes"])
-        if stream[0].dtype != {"audio": torch.int16, "video": torch.uint8}[kind]:
-            raise ValueError(f"it holds no {kind}")
-        return stream
+        content = torch.load(file, mmap=True, weights_only=True)
+        return content["jpegs"].split(content["sizes"]) if kind == "video" else content
     except Exception as error:                      # the loader raises a dozen kinds
         raise InputError(f"{file}: it is damaged; the next start decodes the clip again") from error
+
+def decode_jpegs(jpegs: Sequence[Tensor], file: str) -> Tensor:
+    """Decodes pictures of a cache file: (T, 3, H, W) uint8. Raises InputError if one is damaged."""
+    try:
+        pictures = [np.asarray(Image.open(io.BytesIO(jpeg.numpy()))) for jpeg in jpegs]
+    except OSError as error:
+        raise InputError(f"{file}: a picture in it is damaged; delete it") from error
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 def decode_clip(clip: Clip, views: list[Views], cache: Path) -> tuple[list[str], str]:
     """Decodes a clip's streams into the cache, unless they are there and whole.
 
     views  the student's and perhaps the teacher's; evaluation clips may lack the latter's modality
-    Returns the cache files and the reason why the clip cannot be used, or "". A file's name is a
-    hash of all that its content depends on. Sound is kept as int16 samples, video as JPEGs.
+    Returns the cache files, named by all that they depend on, and why the clip is unusable, or "".
     Raises InputError if memory or the cache's disk is full, which is not the clip's fault.
     """
     files = [""] * len(views)
@@ -1563,7 +1550,7 @@ def decode_clip(clip: Clip, views: list[Views], cache: Path) -> tuple[list[str],
             try:
                 read_cached(file, view.kind)
             except InputError:
-                content = load_stream(clip, view.kind, view.fps, view.side)
+                content = pack(load_stream(clip, view.kind, view.fps, view.side))
         except (InputError, OSError) as error:
             cause = error.__cause__                 # FFmpeg lacks memory in damaged files
             if isinstance(cause, MemoryError) and not isinstance(cause, av.error.FFmpegError):
@@ -1571,15 +1558,12 @@ def decode_clip(clip: Clip, views: list[Views], cache: Path) -> tuple[list[str],
             if clip.split == "train" or k == 0:
                 return files, str(error)
             continue
-        if content is not None and view.kind == "video":
-            save(file, pack_frames(content))
-        elif content is not None:
-            save(file, (content.clamp(-1, 1) * 32767).round().short())
+        if content is not None:
+            save(file, content)
         files[k] = str(file)
     return files, ""
 
-def decode_all(clips: list[Clip], views: list[Views], cache: Path,
-               workers: int) -> list[tuple[list[str], str]]:
+def decode_all(clips: list[Clip], views: list[Views], cache: Path, workers: int) -> list[tuple]:
     """Does `decode_clip` for all clips, in a loader's workers and shared among the processes."""
     rank, world = process()
     loader = DataLoader(clips[rank::world], batch_size=None, num_workers=workers,
@@ -1616,19 +1600,21 @@ class ClipViews(Dataset):
     def __init__(self, data: Data, indices: list[int], mode: str, seed: int = 0,
                  teacher: Tensor | None = None):
         self.data, self.indices, self.mode, self.seed = data, indices, mode, seed
-        self.teacher = torch.zeros(len(data.clips), 0) if teacher is None else teacher
+        self.teacher = teacher
+        if teacher is None:
+            self.teacher = torch.zeros(len(data.clips), 0)      # one of no features
         self.epoch = torch.zeros((), dtype=torch.int64)
         views, steps = data.views, []
+        self.length = views.frames if views.kind == "video" else round(views.seconds * 32000)
         if views.strong:
             steps += [v2.Grayscale(3), v2.RandomAutocontrast(p=1.0)]
         if views.strong and mode == "train":
             steps += [v2.RandomInvert(), v2.RandomRotation(15)]
         if mode == "train":
-            steps.append(v2.RandomResizedCrop(views.size, scale=(views.crop_area, 1.0)))
+            steps += [v2.RandomResizedCrop(views.size, scale=(views.crop_area, 1.0)),
+                      v2.RandomHorizontalFlip(0.5 * views.flip)]
         else:
             steps += [v2.Resize(views.resize or views.size), v2.CenterCrop(views.size)]
-        if mode == "train" and views.flip:
-            steps.append(v2.RandomHorizontalFlip())
         self.transform = v2.Compose(steps)
 
     def __len__(self) -> int:
@@ -1636,13 +1622,12 @@ class ClipViews(Dataset):
 
     def starts(self, n: int) -> list[int]:
         """Returns where the windows of a stream of n frames or samples begin."""
-        kind, length = self.data.views.kind, self.data.views.length
+        length = self.length
         if self.mode == "train":
             return [int(torch.randint(max(n - length, 0) + 1, ()))]
-        if kind == "audio":                         # as few as cover 95 % of the clip
+        if self.data.views.kind == "audio":         # as few as cover 95 % of the clip
             count = max(1, math.ceil(n / length - 0.05))
-            step = (n - length) / max(1, count - 1)
-            return [round(k * step) for k in range(count)]
+            return np.linspace(0, n - length, count).round().astype(int).tolist()
         windows = sliding_windows(n, length, length)
         if self.mode == "val":
             windows = even_windows(n, length)
@@ -1650,29 +1635,28 @@ class ClipViews(Dataset):
 
     def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
         i, windows = self.indices[n], []
-        is_video, length = self.data.views.kind == "video", self.data.views.length
-        stream = read_cached(self.data.files[i], self.data.views.kind)
+        file, kind = self.data.files[i], self.data.views.kind
+        stream = read_cached(file, kind)
         with torch.random.fork_rng(devices=[]):     # workers do not change what is drawn
+            # A prime: seeds and epochs, and up to a million clips, do not share random numbers.
             epoch_seed = 1_000_003 * self.seed + int(self.epoch)
             torch.default_generator.manual_seed(1_000_003 * epoch_seed + i)
             for start in self.starts(len(stream)):
-                part = stream[start:start + length]
-                if is_video:
-                    window = self.transform(unpack_frames(part, length))
-                else:
-                    window = torch.from_numpy(np.resize(part.numpy(), length))      # loops it
-                windows.append(window)
+                window = stream[start:start + self.length]
+                if kind == "video":
+                    window = decode_jpegs(window, file)
+                window = window[torch.arange(self.length) % len(window)]    # loops it
+                windows.append(self.transform(window) if kind == "video" else window)
         return i, torch.stack(windows), self.data.labels([i])[0], self.teacher[i]
 
 def join_clips(items: list) -> tuple[Sequence[int], Tensor, list[int], Tensor, Tensor]:
     """Joins items of `ClipViews`: indices, windows, windows per clip, labels, embeddings."""
     indices, windows, labels, teacher = zip(*items)
     counts = [len(part) for part in windows]
-    joined = torch.cat(windows), torch.stack(labels), torch.stack(teacher)
+    windows = torch.cat(windows)
     if torch.utils.data.get_worker_info() is not None:
-        for tensor in joined:
-            tensor.share_memory_()      # else the queue would lose the error if there is no room
-    return indices, joined[0], counts, *joined[1:]
+        windows.share_memory_()         # else the queue would lose the error if there is no room
+    return indices, windows, counts, default_collate(labels), default_collate(teacher)
 
 class Data(NamedTuple):
     """Holds a decoded data set as the student, or the teacher, sees it."""
@@ -1767,11 +1751,12 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
                       topk: int = 500) -> dict[str, float]:
     """Ranks the gallery (G, D) by cosine to each query (Q, D); clips of the query's label are hits.
 
-    Labels are class indices (Q,), (G,). A query that is also in the gallery finds itself.
+    Labels are class indices (Q,), (G,). A query that is also in the gallery finds itself. Among
+    equals, misses come first. 256 queries are compared at a time, to save memory.
+    topk          length to which mAP_released cuts each ranking (authors: 100 or 500)
     R@k           share of queries with a hit among the k nearest clips
     mAP           mean of the average precision over the whole ranking; 0 for a query without hits
     mAP_released  the released scripts' variant: cut at `topk`, queries without a hit left out
-    256 queries are compared at a time, to save memory. Among equals, misses come first.
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
     wanted = torch.as_tensor(query_labels)
@@ -1789,9 +1774,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
             precisions.append(precision.sum() / max(1, len(hits)))
             if first[-1] <= topk:
                 released.append(precision[ranks <= topk].mean())
-    found = {}
-    for k in ks:
-        found[f"R@{k}"] = np.mean(np.array(first) <= k).item()
+    found = {f"R@{k}": np.mean(np.array(first) <= k).item() for k in ks}
     found["mAP"] = np.mean(precisions).item()
     found["mAP_released"] = np.mean(released or 0.0).item()
     return found
@@ -1897,9 +1880,7 @@ def load_checkpoint(path: str | Path) -> dict:
                        "network": network_arguments(student), "seed": 0, "settings": {},
                        "method": "xmkd" if noise_filter else "student",
                        "epoch": content.get("epoch", 0)}
-        with torch.device("meta"):                          # names and shapes without memory
-            network = make_network(**content["network"])
-        network.load_state_dict(dict(content["student"]), assign=True)  # notes `assign` in a copy
+        restore(content, "cpu")                             # names and shapes have to fit
         for name, value in content["student"].items():
             if not value.isfinite().all():
                 raise ValueError(f"{name} holds numbers that are infinite or NaN")
@@ -1911,10 +1892,11 @@ def load_checkpoint(path: str | Path) -> dict:
                          f"({lacks}{reason[:200]})") from error
 
 def restore(saved: dict, device: str) -> nn.Module:
-    """Builds the network of a loaded checkpoint."""
-    network = make_network(**saved["network"])
-    network.load_state_dict(saved["student"])
-    return network.to(device)
+    """Builds the network of a loaded checkpoint, in float32; on its device it shares the weights."""
+    with torch.device("meta"):                              # without memory of its own
+        network = make_network(**saved["network"])
+    network.load_state_dict(dict(saved["student"]), assign=True)    # notes `assign` in a copy
+    return network.float().to(device)
 
 # -------------------- 10. Training and evaluation --------------------
 STUDENT_KIND = {"audio_tagging": "audio", "action_recognition": "video", "video_retrieval": "video"}
