@@ -1378,10 +1378,7 @@ def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return (depth < 1) & fillings[event % 4]
 
 def demo_picture(events: dict, rng: np.random.Generator, easy: bool = False) -> np.ndarray:
-    """Draws the shapes of {event: contrast} into noise: (48, 48, 3) uint8.
-
-    easy  the shapes are larger, and the four patterns differ in colour
-    """
+    """Draws the shapes of {event: contrast}, a teacher's `easy`, into noise: (48, 48, 3) uint8."""
     hues = 2 * np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)]) - 1
     ground = rng.uniform(100, 156, 3)
     picture = rng.normal(ground, 8, (48, 48, 3))
@@ -1458,8 +1455,9 @@ def write_demo(root: Path, student: str, tags: bool, noise: float, mismatch: flo
 
     There are 20 classes of events, five kinds in four patterns each. A picture shows an event as a
     shape (outline, filling), a sound plays it as a call (pitch, rhythm). Place, size, colour and
-    loudness say nothing, but in a teacher's pictures the colour tells the filling, so that few
-    clips are enough for it. A clip has one labelled event, with `tags` two in four of ten clips.
+    loudness say nothing, but a teacher's shapes are larger, and their colour tells the filling, so
+    that few clips are enough. Sound lasts a second, or 0.65 s where it is the student's. A clip has
+    one labelled event, with `tags` two in four of ten clips; all classes are equally frequent.
     student   "audio" or "video": this modality always shows the labelled event, but faintly, and
               up to two events of other classes, half as strong, beside it
     The other modality is the teacher's. It is clear, but faulty:
@@ -1493,23 +1491,18 @@ class Views(NamedTuple):
     resize: tuple[int, int] | None = None   # (H, W) to scale to before a centre crop
 
 def pack(stream: Tensor) -> Tensor | dict:
-    """Returns what the cache keeps: sound as int16, or frames (T, 3, H, W), uint8, as JPEGs.
-
-    These are joined in `jpegs`, and `sizes` has the bytes of each.
-    """
+    """Packs sound as int16, or frames (T, 3, H, W) as JPEGs, joined, with the bytes of each."""
     if stream.is_floating_point():
         return (stream.clamp(-1, 1) * 32767).round().short()
-    jpegs, sizes = io.BytesIO(), []
+    jpegs = []
     for frame in stream.permute(0, 2, 3, 1).numpy():
-        Image.fromarray(frame).save(jpegs, "JPEG", quality=90)
-        sizes.append(jpegs.tell() - sum(sizes))
-    return {"jpegs": torch.frombuffer(jpegs.getbuffer(), dtype=torch.uint8), "sizes": sizes}
+        jpeg = io.BytesIO()
+        Image.fromarray(frame).save(jpeg, "JPEG", quality=90)
+        jpegs.append(torch.frombuffer(jpeg.getbuffer(), dtype=torch.uint8))
+    return {"jpegs": torch.cat(jpegs), "sizes": [len(jpeg) for jpeg in jpegs]}
 
 def read_cached(file: str | Path, kind: str) -> Sequence[Tensor]:
-    """Maps a cached stream into memory: int16 samples (n,), or the JPEG of each frame.
-
-    Raises InputError if the file is not there or damaged.
-    """
+    """Maps int16 samples or each frame's JPEG into memory. Raises InputError if it is damaged."""
     try:
         content = torch.load(file, mmap=True, weights_only=True)
         return content["jpegs"].split(content["sizes"]) if kind == "video" else content
@@ -1592,14 +1585,12 @@ class ClipViews(Dataset):
     mode "val"    gives three even windows of video (authors, while training)
     mode "test"   gives consecutive windows (authors, final test)
     For sound, both give even windows that cover the clip and overlap where they must (ours).
-    Clips that are shorter than a window are looped.
+    Clips that are shorter than a window are looped. Without a teacher, embeddings are empty.
     """
     def __init__(self, data: Data, indices: list[int], mode: str, seed: int = 0,
                  teacher: Tensor | None = None):
         self.data, self.indices, self.mode, self.seed = data, indices, mode, seed
-        self.teacher = teacher
-        if teacher is None:
-            self.teacher = torch.zeros(len(data.clips), 0)      # one of no features
+        self.teacher = torch.zeros(len(data.clips), 0) if teacher is None else teacher
         self.epoch = torch.zeros((), dtype=torch.int64)
         views, steps = data.views, []
         self.length = views.frames if views.kind == "video" else round(views.seconds * 32000)
@@ -1619,15 +1610,14 @@ class ClipViews(Dataset):
 
     def starts(self, n: int) -> list[int]:
         """Returns where the windows of a stream of n frames or samples begin."""
-        length = self.length
         if self.mode == "train":
-            return [int(torch.randint(max(n - length, 0) + 1, ()))]
+            return [int(torch.randint(max(n - self.length, 0) + 1, ()))]
         if self.data.views.kind == "audio":         # as few as cover 95 % of the clip
-            count = max(1, math.ceil(n / length - 0.05))
-            return np.linspace(0, n - length, count).round().astype(int).tolist()
-        windows = sliding_windows(n, length, length)
+            count = max(1, math.ceil(n / self.length - 0.05))
+            return np.linspace(0, n - self.length, count).round().astype(int).tolist()
+        windows = sliding_windows(n, self.length, self.length)
         if self.mode == "val":
-            windows = even_windows(n, length)
+            windows = even_windows(n, self.length)
         return [window[0] for window in windows]
 
     def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
@@ -1635,7 +1625,7 @@ class ClipViews(Dataset):
         file, kind = self.data.files[i], self.data.views.kind
         stream = read_cached(file, kind)
         with torch.random.fork_rng(devices=[]):     # workers do not change what is drawn
-            # A prime: seeds and epochs, and up to a million clips, do not share random numbers.
+            # The prime keeps seeds, epochs and up to a million clips from sharing numbers.
             epoch_seed = 1_000_003 * self.seed + int(self.epoch)
             torch.default_generator.manual_seed(1_000_003 * epoch_seed + i)
             for start in self.starts(len(stream)):
@@ -1701,8 +1691,8 @@ def check_scores(scores: Tensor) -> Tensor:
         raise InputError("scores or embeddings hold NaN (not a number), so they cannot be ranked")
     return scores
 
-def by_class(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields, for each class with a positive, the sorted scores of positives and of negatives."""
+def by_column(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the sorted scores of positives and of negatives for each column with a positive."""
     columns = check_scores(scores).numpy(force=True).T
     positive = torch.as_tensor(labels).numpy(force=True).T > 0
     for column, own in zip(columns, positive, strict=True):
@@ -1716,7 +1706,7 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     if no class has a positive.
     """
     precisions = []
-    for hits, misses in by_class(scores, labels):
+    for hits, misses in by_column(scores, labels):
         true = len(hits) - np.searchsorted(hits, hits)          # that score at least as high
         false = len(misses) - np.searchsorted(misses, hits)
         precisions.append(np.mean(true / (true + false)))
@@ -1730,7 +1720,7 @@ def mean_auc(scores: Tensor, labels: Tensor) -> float:
     The mean is over the classes that have both positives and negatives; nan if no class has.
     """
     areas = []
-    for hits, misses in by_class(scores, labels):
+    for hits, misses in by_column(scores, labels):
         if len(misses) > 0:
             below = np.searchsorted(misses, hits, side="left")
             not_above = np.searchsorted(misses, hits, side="right")
@@ -1756,23 +1746,20 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
     mAP_released  the released scripts' variant: cut at `topk`, queries without a hit left out
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
-    wanted = torch.as_tensor(query_labels)
-    known = torch.as_tensor(gallery_labels).numpy(force=True)
+    wanted, known = torch.as_tensor(query_labels), torch.as_tensor(gallery_labels)
     first, precisions, released = [], [], []
     for block, labels in zip(queries.split(256), wanted.split(256), strict=True):
-        distances = -check_scores(cosine_matrix(block, gallery)).numpy(force=True)
-        for row, label in zip(distances, labels.tolist(), strict=True):
-            own = known == label
-            hits, misses = np.sort(row[own]), np.sort(row[~own])
+        distances = -cosine_matrix(block, gallery).T                            # (G, 256)
+        for hits, misses in by_column(distances, known[:, None] == labels):
             count = np.arange(1, len(hits) + 1)
             ranks = count + np.searchsorted(misses, hits, side="right")
             precision = count / ranks
-            first.append(min(ranks[:1], default=math.inf))
-            precisions.append(precision.sum() / max(1, len(hits)))
-            if first[-1] <= topk:
+            first.append(ranks[0])
+            precisions.append(precision.mean())
+            if ranks[0] <= topk:
                 released.append(precision[ranks <= topk].mean())
-    found = {f"R@{k}": np.mean(np.array(first) <= k).item() for k in ks}
-    found["mAP"] = np.mean(precisions).item()
+    found = {f"R@{k}": np.sum(np.array(first) <= k).item() / len(queries) for k in ks}
+    found["mAP"] = np.sum(precisions).item() / len(queries)
     found["mAP_released"] = np.mean(released or 0.0).item()
     return found
 
@@ -1786,9 +1773,9 @@ def score(scores: Tensor, labels: Tensor) -> dict[str, float]:
     metrics = {"mAP": mean_average_precision(scores, labels)}
     auc = mean_auc(scores, labels)
     if math.isfinite(auc):
-        metrics["AUC"] = auc
         within = min(max(auc, 1e-9), 1 - 1e-9)              # the probit of 0 and 1 is infinite
-        metrics["d_prime"] = math.sqrt(2) * statistics.NormalDist().inv_cdf(within)
+        probit = statistics.NormalDist().inv_cdf(within)
+        metrics |= {"AUC": auc, "d_prime": math.sqrt(2) * probit}
     return metrics
 
 def score_classes(scores: Tensor, labels: Tensor, classes: list[str]) -> dict[str, float]:
@@ -1807,10 +1794,7 @@ def score_classes(scores: Tensor, labels: Tensor, classes: list[str]) -> dict[st
 
 # -------------------- 9. Checkpoints --------------------
 def save(path: Path, content: object) -> None:
-    """Saves tensors and plain Python (.pt), or JSON, and never leaves half a file under that name.
-
-    The file is written beside its place and renamed. Raises InputError if the disk is full.
-    """
+    """Saves tensors and plain Python (.pt), JSON or text; if it cannot, raises InputError."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1819,7 +1803,7 @@ def save(path: Path, content: object) -> None:
         else:
             text = content if isinstance(content, str) else json.dumps(content, indent=1)
             part.write_text(text, "utf-8", "surrogateescape")       # of names not in UTF-8
-        os.replace(part, path)
+        os.replace(part, path)                      # never half a file under that name
     except (OSError, RuntimeError) as error:        # torch.save: a RuntimeError if it is full
         with suppress(OSError):
             part.unlink()
@@ -1832,10 +1816,10 @@ def network_arguments(state: dict[str, Tensor]) -> dict:
         dim = len(state.get("fc1.weight", [])) or None
         return {"kind": "audio", "num_classes": len(state["fc_audioset.weight"]), "dim": dim,
                 "width": len(state["conv_block1.conv1.weight"]), "stages": stages}
-    firsts = [name for name in state if name.endswith(".conv1.temporal_conv.weight")]
-    blocks = Counter(name[:5] for name in firsts)               # of conv2 to conv5
-    return {"kind": "video", "num_classes": len(state["cls.weight"]),
-            "blocks": list(blocks.values()), "width": len(state["conv1.temporal_conv.weight"])}
+    stages = [name[:5] for name in state if name.endswith(".conv1.temporal_conv.weight")]
+    blocks = [stages.count(f"conv{k}") for k in (2, 3, 4, 5)]
+    return {"kind": "video", "num_classes": len(state["cls.weight"]), "blocks": blocks,
+            "width": len(state["conv1.temporal_conv.weight"])}
 
 def strip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Removes the prefixes of DDP, FSDP, torch.compile and averaging, and PANNs' log-mel layers."""
@@ -1877,7 +1861,9 @@ def load_checkpoint(path: str | Path) -> dict:
                        "network": network_arguments(student), "seed": 0, "settings": {},
                        "method": "xmkd" if noise_filter else "student",
                        "epoch": content.get("epoch", 0)}
-        restore(content, "cpu")                             # names and shapes have to fit
+        with torch.device("meta"):                          # names and shapes without memory
+            network = make_network(**content["network"])
+        network.load_state_dict(dict(content["student"]), assign=True)  # notes `assign` in a copy
         for name, value in content["student"].items():
             if not value.isfinite().all():
                 raise ValueError(f"{name} holds numbers that are infinite or NaN")
@@ -1889,11 +1875,10 @@ def load_checkpoint(path: str | Path) -> dict:
                          f"({lacks}{reason[:200]})") from error
 
 def restore(saved: dict, device: str) -> nn.Module:
-    """Builds the network of a loaded checkpoint, in float32; on its device it shares the weights."""
-    with torch.device("meta"):                              # without memory of its own
-        network = make_network(**saved["network"])
-    network.load_state_dict(dict(saved["student"]), assign=True)    # notes `assign` in a copy
-    return network.float().to(device)
+    """Builds the network of a loaded checkpoint."""
+    network = make_network(**saved["network"])
+    network.load_state_dict(saved["student"])
+    return network.to(device)
 
 # -------------------- 10. Training and evaluation --------------------
 STUDENT_KIND = {"audio_tagging": "audio", "action_recognition": "video", "video_retrieval": "video"}
