@@ -64,7 +64,7 @@ import torch.nn.functional as F
 import torchaudio
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 from torchvision.models.video import R2Plus1D_18_Weights, r2plus1d_18
 from torchvision.transforms import v2
 
@@ -1262,7 +1262,7 @@ def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if event < 0:
         return np.abs(y) < 0.15                             # a bar across the picture
     angle = np.arctan2(y, x)
-    outlines = [np.ones_like(angle),                                    # disc
+    outlines = [1.0,                                                    # disc
                 0.62 / np.cos(angle % (2 * np.pi / 3) - np.pi / 3),     # triangle
                 0.78 / np.cos(angle % (np.pi / 2) - np.pi / 4),         # square
                 0.75 + 0.45 * np.cos(5 * angle),                        # star
@@ -1273,21 +1273,15 @@ def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     fillings = [depth < 1, depth > 0.6, stripes > 0, checks > 0]
     return (depth < 1) & fillings[event % 4]
 
-def demo_picture(events: dict[int, float], rng: np.random.Generator,
-                 easy: bool = False) -> np.ndarray:
-    """Draws the shapes of {event: contrast} into noise: (48, 48, 3) uint8.
-
-    easy  the shapes are larger, and the four patterns differ in colour
-    """
-    hues = np.array([(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (1, 1, -1)])
-    rows, columns = np.mgrid[:48, :48]
+def demo_picture(events: dict, rng: np.random.Generator, easy: bool = False) -> np.ndarray:
+    """Draws the shapes of {event: contrast}, a teacher's `easy`, into noise: (48, 48, 3) uint8."""
+    hues = 2 * np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0)]) - 1
     ground = rng.uniform(100, 156, 3)
     picture = rng.normal(ground, 8, (48, 48, 3))
     for event, contrast in events.items():
         radius = rng.uniform(10, 12.5) * (1.5 if easy else 1)
-        top, left = rng.uniform(radius, 48 - radius, 2)
-        down = (rows - top) / radius
-        right = (columns - left) / radius
+        centre = rng.uniform(radius, 48 - radius, (2, 1, 1))
+        down, right = (np.mgrid[:48, :48] - centre) / radius
         turn = rng.uniform(-0.4, 0.4)                       # radians
         x = right * np.cos(turn) + down * np.sin(turn)
         y = down * np.cos(turn) - right * np.sin(turn)
@@ -1353,33 +1347,30 @@ def demo_clip(first: int, student: str, tags: bool, noise: float, mismatch: floa
 
 def write_demo(root: Path, student: str, tags: bool, noise: float, mismatch: float, seed: int,
                train: int = 400, evaluation: int = 1000) -> None:
-    """Writes a generated data set into the new folder `root`: .avi files and clips.csv. The rules:
+    """Writes a generated data set into the new folder `root`: .avi files and clips.csv.
 
     There are 20 classes of events, five kinds in four patterns each. A picture shows an event as a
     shape (outline, filling), a sound plays it as a call (pitch, rhythm). Place, size, colour and
-    loudness say nothing, but in a teacher's pictures the colour tells the filling, so that few
-    clips are enough for it. Both modalities have noise. Sound lasts a second, or 0.65 s where it is
-    the student's. A clip has one labelled event, with `tags` two in four of ten clips, and all
-    classes are equally frequent.
+    loudness say nothing, but a teacher's shapes are larger, and their colour tells the filling, so
+    that few clips are enough. Sound lasts a second, or 0.65 s where it is the student's. A clip has
+    one labelled event, with `tags` two in four of ten clips; all classes are equally frequent.
     student   "audio" or "video": this modality always shows the labelled event, but faintly, and
-              up to two events of other classes, half as strong, beside it.
+              up to two events of other classes, half as strong, beside it
     The other modality is the teacher's. It is clear, but faulty:
-    noise     share of all clips into which an event that belongs to no class is mixed.
-    mismatch  share of the training clips that show other events instead, or, equally often, none.
+    noise     share of all clips into which an event that belongs to no class is mixed
+    mismatch  share of the training clips that show other events instead, or, equally often, none
     """
     rng = np.random.default_rng(seed)
     root.mkdir(parents=True)
-    rows = [("id", "split", "labels")]
+    rows = ["id,split,labels"]
     order = np.concatenate([rng.permutation(train), rng.permutation(evaluation)])
     for i, number in enumerate(order):
-        split = "train" if i < train else "eval"
-        faulty = mismatch if split == "train" else 0.0
+        split, faulty = ("train", mismatch) if i < train else ("eval", 0.0)
         labelled, sound, picture = demo_clip(number % 20, student, tags, noise, faulty, rng)
         write_media(root / f"{i:04d}.avi", sound, picture)
-        names = [f"event {event:02d}" for event in labelled]
-        rows.append((f"{i:04d}", split, ";".join(names)))
-    with open(root / "clips.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+        names = ";".join(f"event {event:02d}" for event in labelled)
+        rows.append(f"{i:04d},{split},{names}")
+    save(root / "clips.csv", "\n".join(rows))
 
 # -------------------- 7. Cache and views: decoded once, read in windows --------------------
 class Views(NamedTuple):
@@ -1395,49 +1386,38 @@ class Views(NamedTuple):
     strong: bool = False        # grey, full contrast; in training also inverted, turned (ours)
     resize: tuple[int, int] | None = None   # (H, W) to scale to before a centre crop
 
-    @property
-    def length(self) -> int:
-        """Returns the number of frames or samples in a window."""
-        return self.frames if self.kind == "video" else round(self.seconds * 32000)
-
-def pack_frames(frames: Tensor) -> dict:
-    """Compresses frames (T, 3, H, W), uint8: `jpegs` joined, and `sizes`, the bytes of each."""
+def pack(stream: Tensor) -> Tensor | dict:
+    """Packs sound as int16, or frames (T, 3, H, W) as JPEGs, joined, with the bytes of each."""
+    if stream.is_floating_point():
+        return (stream.clamp(-1, 1) * 32767).round().short()
     jpegs = []
-    for frame in frames.permute(0, 2, 3, 1).numpy():
+    for frame in stream.permute(0, 2, 3, 1).numpy():
         jpeg = io.BytesIO()
         Image.fromarray(frame).save(jpeg, "JPEG", quality=90)
         jpegs.append(torch.frombuffer(jpeg.getbuffer(), dtype=torch.uint8))
     return {"jpegs": torch.cat(jpegs), "sizes": [len(jpeg) for jpeg in jpegs]}
 
-def unpack_frames(jpegs: Sequence[Tensor], count: int) -> Tensor:
-    """Decodes JPEGs, each as its bytes, to `count` frames (count, 3, H, W), uint8, in a loop."""
-    frames = []
-    for jpeg in jpegs:
-        frames.append(np.asarray(Image.open(io.BytesIO(jpeg.numpy()))))
-    loops = math.ceil(count / len(frames))
-    return torch.from_numpy(np.stack((loops * frames)[:count])).permute(0, 3, 1, 2)
-
 def read_cached(file: str | Path, kind: str) -> Sequence[Tensor]:
-    """Maps a cached stream into memory: int16 samples (n,), or the JPEG of each frame.
-
-    Raises InputError if the file is not there, damaged or holds anything else.
-    """
+    """Maps int16 samples or each frame's JPEG into memory. Raises InputError if it is damaged."""
     try:
-        stream = torch.load(file, mmap=True, weights_only=True)
-        if kind == "video":
-            stream = stream["jpegs"].split(stream["sizes"])
-        if stream[0].dtype != {"audio": torch.int16, "video": torch.uint8}[kind]:
-            raise ValueError(f"it holds no {kind}")
-        return stream
+        content = torch.load(file, mmap=True, weights_only=True)
+        return content["jpegs"].split(content["sizes"]) if kind == "video" else content
     except Exception as error:                      # the loader raises a dozen kinds
         raise InputError(f"{file}: it is damaged; the next start decodes the clip again") from error
+
+def decode_jpegs(jpegs: Sequence[Tensor], file: str) -> Tensor:
+    """Decodes pictures of a cache file: (T, 3, H, W) uint8. Raises InputError if one is damaged."""
+    try:
+        pictures = [np.asarray(Image.open(io.BytesIO(jpeg.numpy()))) for jpeg in jpegs]
+    except OSError as error:
+        raise InputError(f"{file}: a picture in it is damaged; delete it") from error
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
 
 def decode_clip(clip: Clip, views: list[Views], cache: Path) -> tuple[list[str], str]:
     """Decodes a clip's streams into the cache, unless they are there and whole.
 
     views  the student's and perhaps the teacher's; evaluation clips may lack the latter's modality
-    Returns the cache files and the reason why the clip cannot be used, or "". A file's name is a
-    hash of all that its content depends on. Sound is kept as int16 samples, video as JPEGs.
+    Returns the cache files, named by all that they depend on, and why the clip is unusable, or "".
     Raises InputError if memory or the cache's disk is full, which is not the clip's fault.
     """
     files = [""] * len(views)
@@ -1456,7 +1436,7 @@ def decode_clip(clip: Clip, views: list[Views], cache: Path) -> tuple[list[str],
             try:
                 read_cached(file, view.kind)
             except InputError:
-                content = load_stream(clip, view.kind, view.fps, view.side)
+                content = pack(load_stream(clip, view.kind, view.fps, view.side))
         except (InputError, OSError) as error:
             cause = error.__cause__                 # FFmpeg lacks memory in damaged files
             if isinstance(cause, MemoryError) and not isinstance(cause, av.error.FFmpegError):
@@ -1464,15 +1444,12 @@ def decode_clip(clip: Clip, views: list[Views], cache: Path) -> tuple[list[str],
             if clip.split == "train" or k == 0:
                 return files, str(error)
             continue
-        if content is not None and view.kind == "video":
-            save(file, pack_frames(content))
-        elif content is not None:
-            save(file, (content.clamp(-1, 1) * 32767).round().short())
+        if content is not None:
+            save(file, content)
         files[k] = str(file)
     return files, ""
 
-def decode_all(clips: list[Clip], views: list[Views], cache: Path,
-               workers: int) -> list[tuple[list[str], str]]:
+def decode_all(clips: list[Clip], views: list[Views], cache: Path, workers: int) -> list[tuple]:
     """Does `decode_clip` for all clips, in a loader's workers and shared among the processes."""
     rank, world = process()
     loader = DataLoader(clips[rank::world], batch_size=None, num_workers=workers,
@@ -1504,7 +1481,7 @@ class ClipViews(Dataset):
     mode "val"    gives three even windows of video (authors, while training)
     mode "test"   gives consecutive windows (authors, final test)
     For sound, both give even windows that cover the clip and overlap where they must (ours).
-    Clips that are shorter than a window are looped.
+    Clips that are shorter than a window are looped. Without a teacher, embeddings are empty.
     """
     def __init__(self, data: Data, indices: list[int], mode: str, seed: int = 0,
                  teacher: Tensor | None = None):
@@ -1512,16 +1489,16 @@ class ClipViews(Dataset):
         self.teacher = torch.zeros(len(data.clips), 0) if teacher is None else teacher
         self.epoch = torch.zeros((), dtype=torch.int64)
         views, steps = data.views, []
+        self.length = views.frames if views.kind == "video" else round(views.seconds * 32000)
         if views.strong:
             steps += [v2.Grayscale(3), v2.RandomAutocontrast(p=1.0)]
         if views.strong and mode == "train":
             steps += [v2.RandomInvert(), v2.RandomRotation(15)]
         if mode == "train":
-            steps.append(v2.RandomResizedCrop(views.size, scale=(views.crop_area, 1.0)))
+            steps += [v2.RandomResizedCrop(views.size, scale=(views.crop_area, 1.0)),
+                      v2.RandomHorizontalFlip(0.5 * views.flip)]
         else:
             steps += [v2.Resize(views.resize or views.size), v2.CenterCrop(views.size)]
-        if mode == "train" and views.flip:
-            steps.append(v2.RandomHorizontalFlip())
         self.transform = v2.Compose(steps)
 
     def __len__(self) -> int:
@@ -1529,43 +1506,40 @@ class ClipViews(Dataset):
 
     def starts(self, n: int) -> list[int]:
         """Returns where the windows of a stream of n frames or samples begin."""
-        kind, length = self.data.views.kind, self.data.views.length
         if self.mode == "train":
-            return [int(torch.randint(max(n - length, 0) + 1, ()))]
-        if kind == "audio":                         # as few as cover 95 % of the clip
-            count = max(1, math.ceil(n / length - 0.05))
-            step = (n - length) / max(1, count - 1)
-            return [round(k * step) for k in range(count)]
-        windows = sliding_windows(n, length, length)
+            return [int(torch.randint(max(n - self.length, 0) + 1, ()))]
+        if self.data.views.kind == "audio":         # as few as cover 95 % of the clip
+            count = max(1, math.ceil(n / self.length - 0.05))
+            return np.linspace(0, n - self.length, count).round().astype(int).tolist()
+        windows = sliding_windows(n, self.length, self.length)
         if self.mode == "val":
-            windows = even_windows(n, length)
+            windows = even_windows(n, self.length)
         return [window[0] for window in windows]
 
     def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
         i, windows = self.indices[n], []
-        is_video, length = self.data.views.kind == "video", self.data.views.length
-        stream = read_cached(self.data.files[i], self.data.views.kind)
+        file, kind = self.data.files[i], self.data.views.kind
+        stream = read_cached(file, kind)
         with torch.random.fork_rng(devices=[]):     # workers do not change what is drawn
+            # The prime keeps seeds, epochs and up to a million clips from sharing numbers.
             epoch_seed = 1_000_003 * self.seed + int(self.epoch)
             torch.default_generator.manual_seed(1_000_003 * epoch_seed + i)
             for start in self.starts(len(stream)):
-                part = stream[start:start + length]
-                if is_video:
-                    window = self.transform(unpack_frames(part, length))
-                else:
-                    window = torch.from_numpy(np.resize(part.numpy(), length))      # loops it
-                windows.append(window)
+                window = stream[start:start + self.length]
+                if kind == "video":
+                    window = decode_jpegs(window, file)
+                window = window[torch.arange(self.length) % len(window)]    # loops it
+                windows.append(self.transform(window) if kind == "video" else window)
         return i, torch.stack(windows), self.data.labels([i])[0], self.teacher[i]
 
 def join_clips(items: list) -> tuple[Sequence[int], Tensor, list[int], Tensor, Tensor]:
     """Joins items of `ClipViews`: indices, windows, windows per clip, labels, embeddings."""
     indices, windows, labels, teacher = zip(*items)
     counts = [len(part) for part in windows]
-    joined = torch.cat(windows), torch.stack(labels), torch.stack(teacher)
+    windows = torch.cat(windows)
     if torch.utils.data.get_worker_info() is not None:
-        for tensor in joined:
-            tensor.share_memory_()      # else the queue would lose the error if there is no room
-    return indices, joined[0], counts, *joined[1:]
+        windows.share_memory_()         # else the queue would lose the error if there is no room
+    return indices, windows, counts, default_collate(labels), default_collate(teacher)
 
 class Data(NamedTuple):
     """Holds a decoded data set as the student, or the teacher, sees it."""
@@ -1613,8 +1587,8 @@ def check_scores(scores: Tensor) -> Tensor:
         raise InputError("scores or embeddings hold NaN (not a number), so they cannot be ranked")
     return scores
 
-def by_class(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields, for each class with a positive, the sorted scores of positives and of negatives."""
+def by_column(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the sorted scores of positives and of negatives for each column with a positive."""
     columns = check_scores(scores).numpy(force=True).T
     positive = torch.as_tensor(labels).numpy(force=True).T > 0
     for column, own in zip(columns, positive, strict=True):
@@ -1628,7 +1602,7 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     if no class has a positive.
     """
     precisions = []
-    for hits, misses in by_class(scores, labels):
+    for hits, misses in by_column(scores, labels):
         true = len(hits) - np.searchsorted(hits, hits)          # that score at least as high
         false = len(misses) - np.searchsorted(misses, hits)
         precisions.append(np.mean(true / (true + false)))
@@ -1642,7 +1616,7 @@ def mean_auc(scores: Tensor, labels: Tensor) -> float:
     The mean is over the classes that have both positives and negatives; nan if no class has.
     """
     areas = []
-    for hits, misses in by_class(scores, labels):
+    for hits, misses in by_column(scores, labels):
         if len(misses) > 0:
             below = np.searchsorted(misses, hits, side="left")
             not_above = np.searchsorted(misses, hits, side="right")
@@ -1660,32 +1634,28 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
                       topk: int = 500) -> dict[str, float]:
     """Ranks the gallery (G, D) by cosine to each query (Q, D); clips of the query's label are hits.
 
-    Labels are class indices (Q,), (G,). A query that is also in the gallery finds itself.
+    Labels are class indices (Q,), (G,). A query that is also in the gallery finds itself. Among
+    equals, misses come first. 256 queries are compared at a time, to save memory.
+    topk          length to which mAP_released cuts each ranking (authors: 100 or 500)
     R@k           share of queries with a hit among the k nearest clips
     mAP           mean of the average precision over the whole ranking; 0 for a query without hits
     mAP_released  the released scripts' variant: cut at `topk`, queries without a hit left out
-    256 queries are compared at a time, to save memory. Among equals, misses come first.
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
-    wanted = torch.as_tensor(query_labels)
-    known = torch.as_tensor(gallery_labels).numpy(force=True)
+    wanted, known = torch.as_tensor(query_labels), torch.as_tensor(gallery_labels)
     first, precisions, released = [], [], []
     for block, labels in zip(queries.split(256), wanted.split(256), strict=True):
-        distances = -check_scores(cosine_matrix(block, gallery)).numpy(force=True)
-        for row, label in zip(distances, labels.tolist(), strict=True):
-            own = known == label
-            hits, misses = np.sort(row[own]), np.sort(row[~own])
+        distances = -cosine_matrix(block, gallery).T                            # (G, 256)
+        for hits, misses in by_column(distances, known[:, None] == labels):
             count = np.arange(1, len(hits) + 1)
             ranks = count + np.searchsorted(misses, hits, side="right")
             precision = count / ranks
-            first.append(min(ranks[:1], default=math.inf))
-            precisions.append(precision.sum() / max(1, len(hits)))
-            if first[-1] <= topk:
+            first.append(ranks[0])
+            precisions.append(precision.mean())
+            if ranks[0] <= topk:
                 released.append(precision[ranks <= topk].mean())
-    found = {}
-    for k in ks:
-        found[f"R@{k}"] = np.mean(np.array(first) <= k).item()
-    found["mAP"] = np.mean(precisions).item()
+    found = {f"R@{k}": np.sum(np.array(first) <= k).item() / len(queries) for k in ks}
+    found["mAP"] = np.sum(precisions).item() / len(queries)
     found["mAP_released"] = np.mean(released or 0.0).item()
     return found
 
@@ -1699,9 +1669,9 @@ def score(scores: Tensor, labels: Tensor) -> dict[str, float]:
     metrics = {"mAP": mean_average_precision(scores, labels)}
     auc = mean_auc(scores, labels)
     if math.isfinite(auc):
-        metrics["AUC"] = auc
         within = min(max(auc, 1e-9), 1 - 1e-9)              # the probit of 0 and 1 is infinite
-        metrics["d_prime"] = math.sqrt(2) * statistics.NormalDist().inv_cdf(within)
+        probit = statistics.NormalDist().inv_cdf(within)
+        metrics |= {"AUC": auc, "d_prime": math.sqrt(2) * probit}
     return metrics
 
 def score_classes(scores: Tensor, labels: Tensor, classes: list[str]) -> dict[str, float]:
@@ -1720,10 +1690,7 @@ def score_classes(scores: Tensor, labels: Tensor, classes: list[str]) -> dict[st
 
 # -------------------- 9. Checkpoints --------------------
 def save(path: Path, content: object) -> None:
-    """Saves tensors and plain Python (.pt), or JSON, and never leaves half a file under that name.
-
-    The file is written beside its place and renamed. Raises InputError if the disk is full.
-    """
+    """Saves tensors and plain Python (.pt), JSON or text; if it cannot, raises InputError."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1732,7 +1699,7 @@ def save(path: Path, content: object) -> None:
         else:
             text = content if isinstance(content, str) else json.dumps(content, indent=1)
             part.write_text(text, "utf-8", "surrogateescape")       # of names not in UTF-8
-        os.replace(part, path)
+        os.replace(part, path)                      # never half a file under that name
     except (OSError, RuntimeError) as error:        # torch.save: a RuntimeError if it is full
         with suppress(OSError):
             part.unlink()
@@ -1745,10 +1712,10 @@ def network_arguments(state: dict[str, Tensor]) -> dict:
         dim = len(state.get("fc1.weight", [])) or None
         return {"kind": "audio", "num_classes": len(state["fc_audioset.weight"]), "dim": dim,
                 "width": len(state["conv_block1.conv1.weight"]), "stages": stages}
-    firsts = [name for name in state if name.endswith(".conv1.temporal_conv.weight")]
-    blocks = Counter(name[:5] for name in firsts)               # of conv2 to conv5
-    return {"kind": "video", "num_classes": len(state["cls.weight"]),
-            "blocks": list(blocks.values()), "width": len(state["conv1.temporal_conv.weight"])}
+    stages = [name[:5] for name in state if name.endswith(".conv1.temporal_conv.weight")]
+    blocks = [stages.count(f"conv{k}") for k in (2, 3, 4, 5)]
+    return {"kind": "video", "num_classes": len(state["cls.weight"]), "blocks": blocks,
+            "width": len(state["conv1.temporal_conv.weight"])}
 
 def strip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Removes the prefixes of DDP, FSDP, torch.compile and averaging, and PANNs' log-mel layers."""
