@@ -1268,9 +1268,8 @@ def demo_shape(event: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
                 0.75 + 0.45 * np.cos(5 * angle),                        # star
                 0.75 + 0.5 * np.cos(2 * angle)]                         # peanut
     depth = np.hypot(x, y) / outlines[event // 4]           # 0 in the centre, 1 on the outline
-    stripes = np.cos(8 * x)
-    checks = np.cos(6 * x) * np.cos(6 * y)
-    fillings = [depth < 1, depth > 0.6, stripes > 0, checks > 0]
+    fillings = [depth < 1, depth > 0.6, np.cos(8 * x) > 0,              # full, ring, stripes
+                np.cos(6 * x) * np.cos(6 * y) > 0]                      # checks
     return (depth < 1) & fillings[event % 4]
 
 def demo_picture(events: dict, rng: np.random.Generator, easy: bool = False) -> np.ndarray:
@@ -1529,7 +1528,8 @@ class ClipViews(Dataset):
                 window = stream[start:start + self.length]
                 if kind == "video":
                     window = decode_jpegs(window, file)
-                window = window[torch.arange(self.length) % len(window)]    # loops it
+                if len(window) < self.length:       # loops it
+                    window = window[torch.arange(self.length) % len(window)]
                 windows.append(self.transform(window) if kind == "video" else window)
         return i, torch.stack(windows), self.data.labels([i])[0], self.teacher[i]
 
