@@ -851,10 +851,7 @@ def read_text(path: Path) -> str:
     return unicodedata.normalize("NFC", text)
 
 def read_table(path: Path, header: str) -> list[tuple[str, dict[str, str]]]:
-    """Returns (place, {column: cell}) of each row of a CSV list; a place is "clips.csv:3".
-
-    Raises InputError if a column of `header` is missing or a row has more cells than the first.
-    """
+    """Returns (place, {column: cell}) of each row below the header; a place is "clips.csv:3"."""
     rows, reader = [], csv.DictReader(io.StringIO(read_text(path)), restval="")
     if not set(header.split(",")) <= set(reader.fieldnames or []):
         raise InputError(f"{path}: its first line must name the columns {header}, with commas")
@@ -924,7 +921,8 @@ def choose_files(clip: Clip, cut_of: dict[str, bool | None], skipped: list) -> C
     held = {path: streams_in(path) for path in cut_of}
 
     def rank(path: str) -> tuple:
-        # What cannot be read comes last: it serves if there is nothing else, as decoding says why.
+        # Cut files come first, yt-dlp's parts last; sound files before films, silent films last.
+        # What cannot be read serves if there is nothing else, since decoding says why.
         source = not held[path], not cut_of[path], name_of(path) != Path(path).stem
         is_film = not path.lower().endswith(SOUND_FILES)
         return source, is_film, -len(held[path]), len(path), path
@@ -1066,7 +1064,7 @@ def read_ucf101(root: str | Path, fold: int = 1, skipped: list | None = None) ->
         for number, line in enumerate(read_text(path).splitlines(), 1):
             label, _, rest = line.strip().lower().partition("/")
             if label and (label not in known or len(rest.split()) not in (1, 2)):
-                raise InputError(f"{path}:{number}: expected class/file, got {line.strip()!r}")
+                raise InputError(f"{path}:{number}: expected <known class>/<file>, got {line!r}")
             if label in index:
                 clips.append(Clip(name_of(line.split()[0]), (index[label],), split))
     id_of = {clip.id.lower(): clip.id for clip in clips}
@@ -1077,8 +1075,8 @@ def read_annotations(root: str | Path, skipped: list | None = None) -> DataSet:
     """Reads annotation.json of the authors' release, or ActivityNet's activity_net*.json.
 
     As in the authors' code, a clip is a segment. Its file is either cut, `v_<id>_<k>.*`, or the
-    whole video, `v_<id>.*` or `<id>.*`. The classes are in the order of `labels`, or sorted where
-    there is none. Raises InputError.
+    whole video, `v_<id>.*` or `<id>.*`. Segments whose times cannot be are named in `skipped`.
+    The classes are in the order of `labels` or, without it, sorted. Raises InputError.
     """
     skipped = [] if skipped is None else skipped
     path = find_list(root, "*annotation.json", "activity_net*.json")
