@@ -42,6 +42,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -2464,7 +2465,8 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
     root, tags = Path(args.data), args.task == "audio_tagging"
     kind = STUDENT_KIND[args.task]
     if args.data == "demo":
-        root = Path(args.cache, f"demo-{kind}-{args.noise:g}-{args.mismatch:g}-{args.seed}")
+        # The number behind "demo" rises with each change of what is drawn.
+        root = Path(args.cache, f"demo2-{kind}-{args.noise:g}-{args.mismatch:g}-{args.seed}")
         if process()[0] == 0 and not root.exists():
             log.info(f"writing the demo's media into {root}")
             part = Path(f"{root}.{os.getpid()}.part")       # renamed once complete
@@ -2710,7 +2712,8 @@ def explain(error: Exception) -> str:
     shared = r"DataLoader worker|shared memory|28\] No space left on device"
     full = r"MemoryError|allocate memory|Unable to allocate|out of memory"
     if re.search(shared, reason) and not getattr(error, "filename", None):
-        reason += "; --workers 0 needs less memory and no /dev/shm"
+        size = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
+        reason += f"; /dev/shm has {size / 1e6:,.0f} MB, --workers 0 needs none of it"
     elif re.search(full, reason):
         reason += "; the memory is full: lower --workers, --batch-size or --frames"
     elif isinstance(error, RuntimeError):
