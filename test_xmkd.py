@@ -953,7 +953,7 @@ def test_a_function_runs_below_the_imports_with_what_it_calls(name):
     assert len(dragged & CODE) <= (120 if is_large else 40)
 
 def test_the_file_is_as_light_as_it_promises():
-    for name, length in ("xmkd.py", 2770), ("test_xmkd.py", 1000), ("README.md", 260):
+    for name, length in ("xmkd.py", 2780), ("test_xmkd.py", 1000), ("README.md", 260):
         assert len((HERE / name).read_text().splitlines()) <= length
     for name in "xmkd.py", "test_xmkd.py":
         source = (HERE / name).read_text()

@@ -12,8 +12,8 @@ adds 0.093 +- 0.029 to R@1 and 0.129 +- 0.025 to mAP, compared with the labels a
 
 A frozen teacher of one modality (say sound) trains a student of the other (say video). Sound may
 be noisy, and clips differ in how well sound and picture agree. So the Modality Noise Filter (MNF)
-cleans the teacher. Contrastive Semantic Calibration (CSC) contrasts the clips of a batch: labels
-say which pairs belong together, and the more a pair agrees, the less sharply it is contrasted.
+cleans the teacher, and Contrastive Semantic Calibration (CSC) contrasts pairs of clips by their
+labels, the less sharply the more they agree.
 
 One training step, numbered as in `train_step`; t is the teacher's embedding of a clip, y its label:
     1. student   map S, embedding p, logits = student(view)
@@ -21,7 +21,7 @@ One training step, numbered as in `train_step`; t is the teacher's embedding of 
                  evidence s^ = relu(BN(W3 attention(query t^, keys and values S))),  y^ = W4 s^
     3. trust     similarity_ij = cos(p_i, t^_j), treated as a constant
     4. L_filter  = CE(y^, y) + 0.001 sparsity(W2) + triplet(p, t, t^)   trains the filter only
-    5. L_student = CE(logits, y) + CSC(p, s^, similarity + offset)      trains student and filter
+    5. L_student = CE(logits, y) + CSC(p, s^, max(similarity, 0) + offset)   trains both of them
     6. Adam      the student at rate `lr`, the filter at 0.2 * `lr`
 
 Sections: 1 Method, 2 Compared methods, 3 Networks, 4 Media, 5 Data sets, 6 Demo, 7 Cache and views,
@@ -193,7 +193,7 @@ class ModalityNoiseFilter(nn.Module):
         return Filtered(purified, evidence, logits, gate, attention[:, 0], teacher)
 
 def gather(part: Tensor | None) -> Tensor | None:
-    """Joins the parts of a batch that torchrun's processes hold; only the own one has gradients."""
+    """Joins the parts of a batch that torchrun's processes hold; only its own has gradients."""
     if part is None or not dist.is_initialized():
         return part
     part = part.contiguous()
@@ -327,8 +327,8 @@ class Distiller(nn.Module):
 
     forward(features, teacher (B, teacher_dim), labels) -> the loss to add to the student's.
     `offset` is for csc; `probe`, for kd, maps embeddings to logits (see `linear_probe`). To add a
-    method, write a function like `kd` above `methods`, and there a line with its name and the
-    layers that it uses; new layers go into `layers`.
+    method, write a function like `kd` above `methods`, and there a line with its name and its
+    layers, [] for none. New layers go into `layers`, weights of the loss into the function.
     """
     def __init__(self, method: str, num_classes: int, dim: int, teacher_dim: int,
                  offset: float = 0.07, probe: nn.Module | None = None):
@@ -349,7 +349,7 @@ class Distiller(nn.Module):
         return self.loss(features, teacher, labels)
 
     def kd(self, features: Features, teacher: Tensor, labels: Tensor) -> Tensor:
-        return kd_loss(features.logits, self.layers["probe"](teacher), labels)
+        return kd_loss(features.logits, self.layers["probe"](teacher), labels)      # probe: ours
 
     def fitnet(self, features: Features, teacher: Tensor, labels: Tensor) -> Tensor:
         return fitnet_loss(self.layers["hint"](features.pooled), teacher)
@@ -467,7 +467,7 @@ class VideoNet(nn.Module):
 class LogMel(nn.Module):
     """Turns sound (B, samples), 32 kHz, -1..1, into PANNs' decibels (B, 1 + samples // 320, 64).
 
-    It needs more than 512 samples, 16 ms, and computes in float32.
+    It computes in float32. With less than 513 samples, 16 ms, torch raises a RuntimeError.
     """
     def __init__(self):
         super().__init__()
@@ -496,11 +496,11 @@ class AudioBlock(nn.Module):
         return F.avg_pool2d(x, self.pool)
 
 class AudioNet(nn.Module):
-    """Maps decibels (B, T, 64) from `LogMel`, T at least 32, to Features: PANNs' CNN family.
+    """Maps decibels (B, T, 64) from `LogMel` to Features: PANNs' CNN family.
 
-    stages=4 is Cnn10, stages=6 is Cnn14_emb512. 10 s give K = 62 * 4. The map, averaged over mel,
-    becomes one vector by max + mean over time. dim=None takes it as the embedding, in the space of
-    the map: our students. Otherwise PANNs' fc1 maps it to `dim`. PANNs' dropout is left out.
+    stages=4 is Cnn10 (T at least 16, 10 s give K = 62 * 4), stages=6 is Cnn14_emb512 (32, 31 * 2).
+    The map, averaged over mel, becomes one vector by max + mean over time. dim=None takes it as the
+    embedding, in the map's space (our students); else PANNs' fc1 maps it to `dim`. No dropout.
     """
     def __init__(self, num_classes: int, width: int = 64, stages: int = 4, dim: int | None = 512):
         super().__init__()
@@ -526,11 +526,8 @@ class AudioNet(nn.Module):
         return Features(x.flatten(2).transpose(1, 2), pooled, logits)
 
 def make_network(kind: str, num_classes: int, width: int, **more) -> nn.Module:
-    """Returns a VideoNet or AudioNet for "video" or "audio", with D = 8 * width.
-
-    `more` goes to its constructor. Channels-last memory makes a step 1.1 to 1.5 times as fast.
-    """
-    if kind == "video":
+    """Returns a "video" or "audio" network with D = 8 * width; `more` goes to its constructor."""
+    if kind == "video":             # with channels last, a step is 1.1 to 1.5 times as fast
         return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)
     more.setdefault("dim", None)                            # a student of sound, see AudioNet
     return AudioNet(num_classes, width, **more).to(memory_format=torch.channels_last)
@@ -641,7 +638,7 @@ def check_length(stream, start: float, end: float, got: float) -> None:
     first = stream.start_time or 0
     last = -math.inf                            # other formats guess, which promises nothing
     told = (first + (stream.duration or 0)) * stream.time_base
-    # FFmpeg guesses from the size if an MP3 has no LAME header, or a large tag behind the sound.
+    # FFmpeg guesses from the size if an MP3 has no LAME header, or a large tag after the sound.
     guessed = form == "mp3" and told * stream.bit_rate < 1.05 * 8 * container.size
     if form == "matroska" and "DURATION" in stream.metadata:
         hours, minutes, seconds = stream.metadata["DURATION"].split(":")
@@ -699,7 +696,7 @@ def join_frames(frames: Iterator[tuple], end: float, rate: int) -> Iterator[tupl
             raise InputError("its timestamps overlap or restart in mid-stream; convert it")
         parts.append(to_mono(frame))
         following += length
-        if begin >= end:                                # the sound goes on behind the end
+        if begin >= end:                                # the sound goes on after the end
             break
     for begin, source, parts in stretches:
         frame = av.AudioFrame.from_ndarray(np.concatenate(parts)[None], "fltp", "mono")
@@ -763,7 +760,7 @@ def show_frames(frames: Iterator[tuple], stream) -> Iterator[tuple]:
             shown = times.pop(0)
             yield shown, times[0], pictures.pop(0)
     if stream.container.format.name == "avi" and len(stream.index_entries):
-        # Each empty chunk behind the pictures of an AVI shows the last one again.
+        # Each empty chunk after the pictures of an AVI shows the last one again.
         last = stream.index_entries[-1]
         tail = np.fromfile(stream.container.name, np.uint8, offset=last.pos).tobytes()
         empty = re.findall(rb"%02d[a-z]{2}\0{4}" % stream.index, tail.partition(b"idx1")[0])
@@ -868,14 +865,17 @@ def are_times(start: float, end: float | None) -> bool:
     return 0 <= start < math.inf and (end is None or start < end < math.inf)
 
 def make_clips(rows: Iterable[tuple], classes: list[str]) -> list[Clip]:
-    """Makes clips of (place, id, labels, split, start, end). Raises InputError with the place."""
+    """Makes clips of (place, id, [label, ...], split, start, end). Raises InputError.
+
+    place  the file and line that the error names; start 0 and end None take the whole file
+    """
     clips, index = [], {name: i for i, name in enumerate(classes)}
     for place, *row in rows:
         try:
             name, names, split, start, end = row
             labels = tuple(sorted({index[label] for label in names}))
             start, end = float(start), end and float(end)
-        except (KeyError, ValueError):
+        except (KeyError, TypeError, ValueError):
             labels = ()
         if not (labels and name and split in MISSING and are_times(start, end)):
             raise InputError(f"{place}: expected an id, known labels, split train or eval and "
@@ -942,7 +942,7 @@ def attach_files(clips: list[Clip], root: str | Path, skipped: list | None,
                  match: Callable[[str, str], tuple[list, bool | None]]) -> list[Clip]:
     """Gives each clip its media files below `root` and returns the clips that have any.
 
-    match    turns a path below `root` and its name into the ids of its clips and their `cut`.
+    match    turns a path below `root` and its name without extension into (ids, cut as in Clip).
     skipped  gets (id or path, reason) of clips listed twice or without a file, and of unused files.
     Raises InputError if no clip has a file.
     """
@@ -1167,8 +1167,9 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
 
     return attach_files(clips, root, skipped, match), classes
 
-# To add a data set, write a reader (root, skipped) -> (clips, classes) and name a file that only
-# such a data set has. The first match counts, so put yours on top. RECIPES in 13 sets defaults.
+# To add a data set, write a reader (root, skipped=None) -> (clips, classes), like `read_list`, and
+# name a file that only such a data set has. The first match counts, so put yours on top. Splits are
+# called train and eval, and an id, which may be a path, occurs once. RECIPES in 13 sets defaults.
 READERS = {"list": ("clips.csv", read_list),
            "audioset": ("*eval_segments.csv", read_audioset),
            "ucf101": ("classInd.txt", read_ucf101),
@@ -1458,9 +1459,9 @@ def decode_all(clips: list[Clip], views: list[Views], cache: Path, workers: int)
 def even_windows(n: int, size: int = 16, count: int = 3) -> list[list[int]]:
     """Returns the indices of up to `count` evenly spread windows of n frames (authors).
 
-    If fewer than `count` are full, one more follows that the frames do not fill; it is looped.
+    If fewer than `count` are full, the next one, which the frames do not fill, is looped.
     """
-    # The authors count one frame less here, so the last window may end before the last frame.
+    # n - 1 - size: the authors count one frame too few, so the last window may end early (kept).
     stride = max(1, math.ceil((n - 1 - size) / max(count - 1, 1)))
     full = max((n - size) // stride + 1, 0)
     return sliding_windows(n, size, stride)[:min(full + 1, count)]
@@ -1588,7 +1589,7 @@ def check_scores(scores: Tensor) -> Tensor:
     return scores
 
 def by_column(scores: Tensor, labels: Tensor) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the sorted scores of positives and of negatives for each column with a positive."""
+    """Yields the ascending scores of positives and negatives for each column with a positive."""
     columns = check_scores(scores).numpy(force=True).T
     positive = torch.as_tensor(labels).numpy(force=True).T > 0
     for column, own in zip(columns, positive, strict=True):
@@ -1643,6 +1644,9 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
     wanted, known = torch.as_tensor(query_labels), torch.as_tensor(gallery_labels)
+    if (len(queries), len(gallery)) != (len(wanted), len(known)):
+        raise ValueError(f"{len(queries)} queries have {len(wanted)} labels and {len(gallery)} "
+                         f"gallery clips {len(known)}; pass one label each")
     first, precisions, released = [], [], []
     for block, labels in zip(queries.split(256), wanted.split(256), strict=True):
         distances = -cosine_matrix(block, gallery).T                            # (G, 256)
@@ -1743,7 +1747,7 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         with open(path, "rb") as file:
             if file.read(1) not in (b"P", b"\x80"):         # of torch.save's two formats
-                raise ValueError("torch.save has not written it; is it a page or a text?")
+                raise ValueError("torch.save has not written it; is it a web page or a text?")
         with suppress(ValueError):                          # the old format cannot be asked
             names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         harmless = [(other, name) for name in names - {"collections.defaultdict"}]
@@ -1779,6 +1783,8 @@ def restore(saved: dict, device: str) -> nn.Module:
 # -------------------- 10. Training and evaluation --------------------
 STUDENT_KIND = {"audio_tagging": "audio", "action_recognition": "video", "video_retrieval": "video"}
 TEACHER_KIND = {"audio_tagging": "video", "action_recognition": "audio", "video_retrieval": "audio"}
+# student: the labels alone; kd to ccl: other papers'; csc: xmkd without the filter, s^ = t^ = t;
+# mnf: xmkd with one temperature for all pairs.
 METHODS = ("student", *Distiller.methods, "mnf", "xmkd")
 log = logging.getLogger("xmkd")
 
@@ -1871,7 +1877,7 @@ def predict(network: nn.Module, data: Data, indices: list[int], machine: Machine
 
 def evaluate(network: nn.Module, data: Data, machine: Machine = CPU,
              retrieval: bool = False) -> tuple[dict, dict]:
-    """Returns the metrics, with `retrieval` also of searching the training clips; and by class."""
+    """Returns the metrics and each class's own; `retrieval` also searches the training clips."""
     probabilities, queries = predict(network, data, data.eval, machine)
     labels = data.labels(data.eval)
     metrics = score(probabilities, labels)
@@ -2118,7 +2124,8 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
             raise InputError(f"{found[0]}: it holds no embedding: {error}") from error
         rows[clip.id] = row
     if len({len(row) for row in rows.values()}) > 1:
-        raise InputError(f"{folder}: the embeddings differ in length")
+        lengths = sorted({len(row) for row in rows.values()})
+        raise InputError(f"{folder}: embeddings have the lengths {lengths}; give one network's")
     return rows
 
 def given_teacher(args, clips: list[Clip]) -> tuple[dict | None, dict]:
@@ -2143,7 +2150,7 @@ def given_teacher(args, clips: list[Clip]) -> tuple[dict | None, dict]:
         rows = dict(zip(saved["ids"], saved["embeddings"]))
         about = {"kind": saved["kind"], "metrics": saved["metrics"]}
     except Exception as error:                      # the loader raises a dozen kinds
-        raise InputError(f"{path} is not a run's teacher.pt") from error
+        raise InputError(f"{path} is not the teacher.pt of a run; give another") from error
     if resumed:
         refuse_changes("--resume", path, saved.get("settings", {}), settings_of(vars(args)))
         return rows, about
@@ -2157,7 +2164,7 @@ def given_teacher(args, clips: list[Clip]) -> tuple[dict | None, dict]:
     return rows, {**about, "metrics": {}}           # its evaluation clips may have been others
 
 def leave_out(clips: list[Clip], rows: dict, skipped: list) -> list[Clip]:
-    """Returns the clips but those to train on that have no embedding in `rows`; lists these."""
+    """Returns the clips without those to train on that `rows` lacks, which go into `skipped`."""
     lacking = [clip for clip in clips if clip.split == "train" and clip.id not in rows]
     skipped += [(clip.id, "missing: the teacher has no embedding of it") for clip in lacking]
     kept = [clip for clip in clips if clip.split == "eval" or clip.id in rows]
@@ -2191,7 +2198,8 @@ def list_files(paths: list[str], kind: str) -> list[str]:
         else:
             files.append(path)
     if not files:
-        raise InputError(f"{', '.join(paths)}: no media file with {kind}")
+        raise InputError(f"{', '.join(paths)}: no media file with {kind}; known endings are "
+                         f"{' '.join(fit)}")
     return files
 
 def predict_files(saved: dict, paths: list[str], folder: str | None, views: Views, cache: Path,
@@ -2303,8 +2311,8 @@ def build_parser() -> Parser:
     add("--method", default="xmkd",
         help=f"one of {', '.join(METHODS)}; several, joined by commas, or all, are compared")
     add("--teacher", default="auto",
-        help="auto: r2plus1d_18 for video, from scratch for sound; scratch; a checkpoint; a run's "
-             "teacher.pt; or a folder of <clip id>.npy")
+        help="auto: the release's .npy, else r2plus1d_18 for video, scratch for sound; scratch; a "
+             "checkpoint; a run's teacher.pt; or a folder of <clip id>.npy")
     add("--teacher-epochs", type=count, default=60, help="epochs of a teacher from scratch (ours)")
     add("--shuffle-teacher", action=flag, default=False,
         help="permute the teacher's embeddings among the training clips, as a control (ours)")
@@ -2340,7 +2348,7 @@ def build_parser() -> Parser:
     add("--gallery", metavar="FOLDER", help="with --predict: print its clips nearest to each file")
     add("--workers", type=number(int, 0, 256), default=min(8, cores // 2), help="loader processes")
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--amp", action=flag, default=cuda, help="run networks in bfloat16; needs a GPU")
+    add("--amp", action=flag, help="run networks in bfloat16, as is the default on a GPU")
     add("--compile", action=flag, default=False, help="compile the student with torch.compile")
     add("--quiet", action=flag, default=False, help="print warnings, errors and the table only")
     return parser
@@ -2397,11 +2405,11 @@ def check_options(args, saved: dict) -> None:
         (args.predict and world > 1, "--predict is for one process; start it without torchrun"),
         (os.path.isfile(args.out or ""), f"--out {args.out} is a file; give a folder"),
         (not args.predict and kind != STUDENT_KIND[args.task],
-         f"--checkpoint {args.checkpoint} is for {kind}; --task {args.task} needs another"),
+         f"--checkpoint {args.checkpoint} takes {kind}; give another --task than {args.task}"),
         (not is_teacher and not args.checkpoint,
          f"--teacher {args.teacher} is not auto, scratch, a file or a folder"),
-        (args.amp and args.device == "cpu",
-         "--amp is for GPUs: torch's bfloat16 gradients of 3-d convolutions are wrong on a CPU"),
+        (args.amp and not args.device.startswith("cuda"),
+         f"--amp needs a GPU, but --device is {args.device}; add --no-amp"),
         (args.batch_size % world,
          f"--batch-size {args.batch_size} must be a multiple of the {world} processes")]
     for is_wrong, message in problems:
@@ -2426,8 +2434,7 @@ def choose_folder(args) -> str:
     several = "," in args.method or args.seeds > 1
     mixed = (folder / "results.json").exists() and several == (folder / "last.pt").exists()
     if folder in runs and (mixed or not resumes):
-        raise InputError(f"{folder} holds a run; --resume continues the same one, for another give "
-                         "another --out")
+        raise InputError(f"{folder} holds a run; continue it with --resume, or give another --out")
     join_shares([])                                 # all processes have looked, or refused it
     may_exist = args.out or resumes or process()[1] > 1
     folder.mkdir(parents=True, exist_ok=bool(may_exist))    # of two runs, one gets a new folder
@@ -2465,7 +2472,7 @@ def read_clips(args, skipped: list) -> tuple[list[Clip], list[str]]:
     root, tags = Path(args.data), args.task == "audio_tagging"
     kind = STUDENT_KIND[args.task]
     if args.data == "demo":
-        # The number behind "demo" rises with each change of what is drawn.
+        # The number after "demo" rises with each change of what is drawn.
         root = Path(args.cache, f"demo2-{kind}-{args.noise:g}-{args.mismatch:g}-{args.seed}")
         if process()[0] == 0 and not root.exists():
             log.info(f"writing the demo's media into {root}")
@@ -2687,8 +2694,11 @@ def evaluate_checkpoint(args, saved: dict) -> None:
     clips, classes = read_clips(args, skipped)
     known = saved["classes"] or classes             # the authors and PANNs do not name theirs
     if known != classes or count != len(classes):
-        raise InputError(f"--checkpoint {args.checkpoint} has {count} classes, such as {known[0]}; "
-                         f"--data {args.data} has {len(classes)}, such as {classes[0]}")
+        differ = [pair for pair in zip(known, classes) if pair[0] != pair[1]]
+        one, other = (differ or [(known[-1], classes[-1])])[0]
+        raise InputError(f"--checkpoint {args.checkpoint} has {count} classes, such as {one}; "
+                         f"--data {args.data} has {len(classes)}, such as {other}; give the data "
+                         "set that it was trained on")
     [data] = open_data(args, clips, classes, skipped)
     metrics, by_class = evaluate(restore(saved, args.device), data, args.machine,
                                  args.task == "video_retrieval")
@@ -2728,6 +2738,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, saved = parse_options(argv)
         args.device = set_up_device(args.device)
+        if args.amp is None:        # on a CPU, torch's gradients of 3-d convolutions are wrong
+            args.amp = args.device.startswith("cuda")
         args.machine = Machine(args.device, args.amp, args.workers)
         check_options(args, saved)
         if process()[0] > 0:                        # process 0 speaks for all
@@ -2756,7 +2768,7 @@ def main(argv: list[str] | None = None) -> int:
         if not message:
             raise
     except KeyboardInterrupt:
-        code, message = 130, "\ninterrupted; the same command with --resume continues"
+        code, message = 130, "\ninterrupted; --resume continues a training run"
     print(message, file=sys.stderr)
     return code
 
