@@ -876,7 +876,7 @@ def test_a_checkpoint_scores_like_its_run_and_refuses_other_data(tmp_path, train
     ("--device gpu", "gpu: choose cpu, cuda"),
     ("--device cuda:99", "cuda:99 cannot be used"), ("--predict a.mp4", "needs --checkpoint"),
     ("--checkpoint a.pt", "a.pt .*usable checkpoint"), ("--teacher nowhere", "nowhere is not auto"),
-    ("--amp --device cpu", "--amp needs a GPU, but --device is cpu"), ("", "RANK or WORLD_SIZE in the environment")])
+    ("--amp --device cpu", "--amp needs a GPU"), ("", "RANK or WORLD_SIZE in the environment")])
 def test_bad_options_are_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
     if options == "":
