@@ -7,7 +7,7 @@ Paper: Xia, Li, Deng, Xiong, Dou, Hu, 2023, https://arxiv.org/abs/2304.07775
     python xmkd.py --task audio_tagging --data ./audioset     # the real thing
     torchrun --nproc_per_node 8 xmkd.py --task action_recognition --data ./ucf101
 
-Measured: the demo takes 5 to 6 minutes on 2 CPU cores (torch 2.14). Over seeds 3 to 7 distillation
+Measured: the demo takes 5 to 7 minutes on 2 CPU cores (torch 2.14). Over seeds 3 to 7 distillation
 adds 0.093 +- 0.029 to R@1 and 0.129 +- 0.025 to mAP, compared with the labels alone; see README.
 
 A frozen teacher of one modality (say sound) trains a student of the other (say video). Sound may
@@ -2710,7 +2710,7 @@ def evaluate_checkpoint(args, saved: dict) -> None:
     print_table({saved["method"]: [metrics]})
 
 def keep_memory() -> None:
-    """Lets glibc keep freed memory for the next tensors: a training step is 1.4 times as fast."""
+    """Lets glibc keep freed memory for the next tensors: a training step is 1.5 times as fast."""
     with suppress(AttributeError, OSError):         # another C library has no mallopt
         ctypes.CDLL(None).mallopt(-4, 0)            # M_MMAP_MAX: large blocks are in the heap, too
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)    # M_TRIM_THRESHOLD: the heap stays as it is
