@@ -2217,7 +2217,8 @@ def predict_files(saved: dict, paths: list[str], folder: str | None, views: View
     reasons = {clip.id: reason for clip, (_, reason) in zip(clips, decoded) if reason}
     clips = [clip for clip in clips if clip.id not in reasons]
     cached = [found[0] for found, reason in decoded if not reason]
-    data = Data(clips, names, kind == "audio", [], list(range(len(clips))), views, cached)
+    tags = (saved["task"] or f"{kind}_tagging") == "audio_tagging"      # PANNs name no task
+    data = Data(clips, names, tags, [], list(range(len(clips))), views, cached)
     row = {clip.id: k for k, clip in enumerate(clips)}          # of a file in the results
     if clips:
         scores, embeddings = predict(restore(saved, machine.device), data, data.eval, machine)
@@ -2348,7 +2349,7 @@ def build_parser() -> Parser:
     add("--gallery", metavar="FOLDER", help="with --predict: print its clips nearest to each file")
     add("--workers", type=number(int, 0, 256), default=min(8, cores // 2), help="loader processes")
     add("--device", default="cuda" if cuda else "cpu", help="cpu, cuda, cuda:1, ...")
-    add("--amp", action=flag, help="run networks in bfloat16, as is the default on a GPU")
+    add("--amp", action=flag, default="auto", help="run networks in bfloat16; auto: on a GPU")
     add("--compile", action=flag, default=False, help="compile the student with torch.compile")
     add("--quiet", action=flag, default=False, help="print warnings, errors and the table only")
     return parser
@@ -2738,7 +2739,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, saved = parse_options(argv)
         args.device = set_up_device(args.device)
-        if args.amp is None:        # on a CPU, torch's gradients of 3-d convolutions are wrong
+        if args.amp == "auto":      # on a CPU, torch's gradients of 3-d convolutions are wrong
             args.amp = args.device.startswith("cuda")
         args.machine = Machine(args.device, args.amp, args.workers)
         check_options(args, saved)
