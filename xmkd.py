@@ -2601,7 +2601,7 @@ def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
     elif args.method != "student":
         wanted = make_views(args, TEACHER_KIND[args.task])
         require([clip for clip in clips if clip.split == "train"], wanted.kind, "the teacher",
-                "give embeddings with --teacher FOLDER, or train by --method student")
+                "give embeddings with --teacher FOLDER, or train without: --method student")
         network, *views = open_teacher(args.teacher, wanted, args.device)
 
     data, *seen = open_data(args, clips, classes, skipped, *views)      # by student and teacher
