@@ -1826,7 +1826,8 @@ def progress(loader: DataLoader, what: str, rounds: int = 1) -> Iterator:
             shown = time.time()
             pace = (shown - begun) / done
             left = duration(pace * (rounds * len(loader) - done))
-            log.info(f"  {what}: {done:,} of {len(loader):,}, {duration(pace)} each, {left} left")
+            where = f"{done:,} of {len(loader):,}"
+            log.info(f"  {what}: {where}, {duration(pace)} each, {left} left")
 
 def release_memory() -> None:
     """Gives back what was kept, see `keep_memory`, so that `memory_in_use` starts anew."""
