@@ -21,13 +21,13 @@ One training step, numbered as in `train_step`; t is the teacher's embedding of 
                  evidence s^ = relu(BN(W3 attention(query t^, keys and values S))),  y^ = W4 s^
     3. trust     similarity_ij = cos(p_i, t^_j), treated as a constant
     4. L_filter  = CE(y^, y) + 0.001 sparsity(W2) + triplet(p, t, t^)   trains the filter only
-    5. L_student = CE(logits, y) + CSC(p, s^, max(similarity, 0) + offset)   trains both of them
+    5. L_student = CE(logits, y) + CSC(p, s^, max(similarity, 0) + offset)   trains both (kept)
     6. Adam      the student at rate `lr`, the filter at 0.2 * `lr`
 
 Sections: 1 Method, 2 Compared methods, 3 Networks, 4 Media, 5 Data sets, 6 Demo, 7 Cache and views,
           8 Metrics, 9 Checkpoints, 10 Training, 11 Teacher, 12 Prediction, 13 Arguments and main.
 To add:   a loss, see Distiller.methods in 2; a data set, see READERS in 5; nothing else changes.
-Origin:   (authors) is from their released code or settings, (ours) is a choice of this program.
+Origin:   (authors) is from their released code or settings, (kept) an oddity of it, (ours) ours.
 Letters:  B clips in a batch, K positions of a map, D features, C classes, T frames, N clips.
 """
 from __future__ import annotations
@@ -101,13 +101,13 @@ def label_overlap(labels: Tensor) -> Tensor:
     return torch.where(union > 0, shared / union.clamp_min(1), 1.0)
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the clips' mean cross-entropy in nats; of several tags, the losses are summed (ours).
+    """Returns the clips' mean cross-entropy in nats: logits (B, C), labels (B,) or tags (B, C).
 
-    logits (B, C); labels are classes (B,) or multi-hot tags (B, C)
+    The losses of a clip's tags are summed (ours), since CSC would drown their mean.
     """
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
-    tags = labels.to(logits.dtype)                          # a mean would be drowned by CSC
+    tags = labels.to(logits.dtype)
     return F.binary_cross_entropy_with_logits(logits, tags, reduction="sum") / len(logits)
 
 def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tensor,
@@ -121,7 +121,7 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
     offset      temperature = max(similarity, 0) + offset; 0.07 for UCF51, 0.2 for ActivityNet
     Returns the batch mean in nats: log(B) if all embeddings are equal and so are all similarities.
     Raises ValueError if shapes differ, `similarity` has a gradient or `offset` is not positive.
-    Pairs that agree get a higher temperature, which softens them; the others are sharpened.
+    Pairs that agree get a higher temperature, which softens them, the others a lower one (kept).
     """
     if similarity.requires_grad:
         raise ValueError("similarity carries a gradient but sets a temperature; pass it detached")
@@ -174,7 +174,7 @@ class ModalityNoiseFilter(nn.Module):
         self.adapter = nn.Identity() if teacher_dim == dim else nn.Linear(teacher_dim, dim)
         self.gated_feature_composer = nn.Sequential(
             nn.Linear(2 * dim, dim // 2), nn.BatchNorm1d(dim // 2), nn.ReLU(),              # W1
-            nn.Linear(dim // 2, dim))       # W2; with a third layer released filters do not load
+            nn.Linear(dim // 2, dim))                                                       # W2
         self.attn = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.trans_sv = nn.Sequential(nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU())  # W3
         self.sv_cls_classifier = nn.Linear(dim, num_classes)                                # W4
@@ -193,7 +193,7 @@ class ModalityNoiseFilter(nn.Module):
         return Filtered(purified, evidence, logits, gate, attention[:, 0], teacher)
 
 def gather(part: Tensor | None) -> Tensor | None:
-    """Joins the parts of a batch that torchrun's processes hold; only its own has gradients."""
+    """Joins the parts of a batch that torchrun's processes hold; only one's own has gradients."""
     if part is None or not dist.is_initialized():
         return part
     part = part.contiguous()
@@ -223,7 +223,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
 
     noise_filter  ModalityNoiseFilter; a Distiller, whose loss replaces 2 to 4 and CSC; or None
     inputs        (B, ...) what the student takes; float32 or float64
-    teacher       (B, teacher_dim) embeddings, not normalised; not needed without noise_filter
+    teacher       (B, teacher_dim) embeddings t, not normalised, see 11; None without noise_filter
     labels        (B,) class indices or (B, C) multi-hot tags
     calibrate     False gives every pair the same temperature, `offset` (method mnf)
     amp           runs the student in bfloat16; its features are float32 again in all that follows
@@ -246,7 +246,7 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         w2 = noise_filter.gated_feature_composer[-1].weight
         filter_terms = {                                                        # 4. L_filter
             "filter_cls": classification_loss(filtered.logits, labels),
-            "sparsity": sparsity * sparsity_loss(w2),       # without W1, as in the released code
+            "sparsity": sparsity * sparsity_loss(w2),       # without W1 (kept)
             "triplet": triplet_loss(features.pooled, raw, filtered.teacher, margin)}
         only = list(noise_filter.parameters())          # the student learns nothing from this loss
         sum(filter_terms.values()).backward(inputs=only, retain_graph=True)
@@ -265,7 +265,7 @@ def make_optimizer(student: nn.Module, noise_filter: nn.Module | None, lr: float
     groups = [{"params": list(student.parameters()), "lr": lr}]
     if noise_filter is not None:
         groups.append({"params": list(noise_filter.parameters()), "lr": filter_lr * lr})
-    return torch.optim.Adam(groups, weight_decay=weight_decay)      # of normalisation layers, too
+    return torch.optim.Adam(groups, weight_decay=weight_decay)  # normalisation layers, too (kept)
 
 # -------------------- 2. Compared methods, each loss with weight 1 (ours) --------------------
 def log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
@@ -281,10 +281,10 @@ def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float
     divergence = F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
     return divergence * temperature ** 2
 
-def fitnet_loss(hint: Tensor, teacher: Tensor) -> Tensor:
-    """Compares a hint with the teacher, both (B, D) (Romero et al. 2015, arXiv 1412.6550)."""
+def fitnet_loss(guided: Tensor, teacher: Tensor) -> Tensor:
+    """Compares the mapped student with the teacher, its hint, both (B, D) (arXiv 1412.6550)."""
     variance = teacher.var().clamp_min(1e-12)               # ours: removes the teacher's scale
-    return F.mse_loss(hint, teacher) / variance
+    return F.mse_loss(guided, teacher) / variance
 
 def crd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:
     """Contrasts projections (B, 128) of student and teacher (Tian et al. 2020, arXiv 1910.10699).
@@ -337,7 +337,7 @@ class Distiller(nn.Module):
             "adapter": nn.Identity() if teacher_dim == dim else nn.Linear(teacher_dim, dim),
             "teacher_128": nn.Linear(teacher_dim, 128),
             "student_128": nn.Linear(dim, 128),
-            "hint": nn.Linear(dim, teacher_dim),
+            "regressor": nn.Linear(dim, teacher_dim),
             "compose": nn.Linear(2 * dim, dim),
             "classify": nn.Linear(dim, num_classes),
             "probe": probe or nn.Identity()}
@@ -352,7 +352,7 @@ class Distiller(nn.Module):
         return kd_loss(features.logits, self.layers["probe"](teacher), labels)      # probe: ours
 
     def fitnet(self, features: Features, teacher: Tensor, labels: Tensor) -> Tensor:
-        return fitnet_loss(self.layers["hint"](features.pooled), teacher)
+        return fitnet_loss(self.layers["regressor"](features.pooled), teacher)
 
     def crd(self, features: Features, teacher: Tensor, labels: Tensor) -> Tensor:
         student = self.layers["student_128"](features.pooled)
@@ -369,7 +369,7 @@ class Distiller(nn.Module):
 
     methods = {
         "kd": ["probe"],
-        "fitnet": ["hint"],
+        "fitnet": ["regressor"],
         "crd": ["teacher_128", "student_128"],
         "ccl": ["adapter", "compose", "classify"],
         "csc": ["adapter"]}
@@ -378,7 +378,7 @@ def linear_probe(embeddings: Tensor, labels: Tensor, num_classes: int,
                  decay: float = 0.1) -> nn.Linear:
     """Fits a logistic regression from embeddings (N, D) to logits (N, C) and freezes it.
 
-    `decay` is relative to the variance of the embeddings. It starts from zeros, without a seed.
+    `decay` is relative to the variance of the embeddings. Weights start from zeros, without a seed.
     """
     probe = nn.Linear(embeddings.shape[1], num_classes).to(embeddings)
     nn.init.zeros_(probe.weight)
@@ -460,7 +460,7 @@ class VideoNet(nn.Module):
         x = self.conv5(self.conv4(self.conv3(self.conv2(x))))   # (B, D, T/8, H/16, W/16)
         features = x.flatten(2).transpose(1, 2)             # (B, K, D)
         pooled = features.mean(1)                           # (B, D)
-        with torch.autocast(frames.device.type, enabled=False):     # bfloat16 would make ties
+        with torch.autocast(frames.device.type, enabled=False):     # in bfloat16, scores would tie
             logits = self.cls(pooled.to(self.cls.weight.dtype))
         return Features(features, pooled, logits)
 
@@ -521,12 +521,12 @@ class AudioNet(nn.Module):
                 x = block(x)                                # in the end (B, D, T/16, 4) for Cnn10
         profile = x.mean(3)                                 # (B, D, T/16)
         pooled = F.relu(self.fc1(profile.amax(2) + profile.mean(2)))        # (B, dim)
-        with torch.autocast(logmel.device.type, enabled=False):     # bfloat16 would make ties
+        with torch.autocast(logmel.device.type, enabled=False):     # in bfloat16, scores would tie
             logits = self.fc_audioset(pooled.to(self.fc_audioset.weight.dtype))
         return Features(x.flatten(2).transpose(1, 2), pooled, logits)
 
 def make_network(kind: str, num_classes: int, width: int, **more) -> nn.Module:
-    """Returns a "video" or "audio" network with D = 8 * width; `more` goes to its constructor."""
+    """Returns a "video" or "audio" network; a student's D is 8 * width. `more` is passed on."""
     if kind == "video":             # with channels last, a step is 1.1 to 1.5 times as fast
         return VideoNet(num_classes, width=width, **more).to(memory_format=torch.channels_last_3d)
     more.setdefault("dim", None)                            # a student of sound, see AudioNet
@@ -597,7 +597,7 @@ def find_seek(path: str | Path, kind: str, start: float) -> float:
     return 0.0
 
 def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
-    """Yields (begin, length, frame), times in seconds, from the current position on."""
+    """Yields (begin, length, frame) in seconds up to the file's end; start..end must be intact."""
     origin = (stream.container.start_time or 0) / av.time_base
     intact, damaged, following = False, False, 0.0
     for packet in stream.container.demux(stream):
@@ -663,7 +663,7 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
     """
     rate = 32000
     end = math.inf if end is None else end
-    parts, written, heard = [], 0, 0
+    parts, written, heard = [], 0, False
     with open_stream(path, "audio", find_seek(path, "audio", start)) as stream:
         frames = decode_frames(stream, start, end)
         for begin, samples in join_frames(frames, end, rate):
@@ -672,8 +672,8 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
             samples = samples[max(-gap, 0):]    # drops overlaps and what lies before `start`
             parts.append(samples)
             written += len(samples)
-            if begin < end:
-                heard = written
+            if begin < end:                     # else it is silence before what comes later
+                heard = written > 0
         size = round(min(written, (end - start) * rate))
         check_length(stream, start, end, size / rate if heard else 0.0)
         sound = np.concatenate(parts)[:size]
@@ -1438,7 +1438,7 @@ def decode_clip(clip: Clip, views: list[Views], cache: Path) -> tuple[list[str],
             except InputError:
                 content = pack(load_stream(clip, view.kind, view.fps, view.side))
         except (InputError, OSError) as error:
-            cause = error.__cause__                 # FFmpeg lacks memory in damaged files
+            cause = error.__cause__             # FFmpeg says "no memory" of damaged files, too
             if isinstance(cause, MemoryError) and not isinstance(cause, av.error.FFmpegError):
                 raise
             if clip.split == "train" or k == 0:
@@ -1473,74 +1473,6 @@ def sliding_windows(n: int, size: int = 16, stride: int = 16) -> list[list[int]]
         loop = min(size, n - start)
         windows.append([start + k % loop for k in range(size)])
     return windows
-
-class ClipViews(Dataset):
-    """Reads windows of clips: item n is (clip index, windows (W, ...), label, teacher's embedding).
-
-    mode "train"  gives one random window, which follows from seed, epoch and clip alone
-    mode "val"    gives three even windows of video (authors, while training)
-    mode "test"   gives consecutive windows (authors, final test)
-    For sound, both give even windows that cover the clip and overlap where they must (ours).
-    Clips that are shorter than a window are looped. Without a teacher, embeddings are empty.
-    """
-    def __init__(self, data: Data, indices: list[int], mode: str, seed: int = 0,
-                 teacher: Tensor | None = None):
-        self.data, self.indices, self.mode, self.seed = data, indices, mode, seed
-        self.teacher = torch.zeros(len(data.clips), 0) if teacher is None else teacher
-        self.epoch = torch.zeros((), dtype=torch.int64)
-        views, steps = data.views, []
-        self.length = views.frames if views.kind == "video" else round(views.seconds * 32000)
-        if views.strong:
-            steps += [v2.Grayscale(3), v2.RandomAutocontrast(p=1.0)]
-        if views.strong and mode == "train":
-            steps += [v2.RandomInvert(), v2.RandomRotation(15)]
-        if mode == "train":
-            steps += [v2.RandomResizedCrop(views.size, scale=(views.crop_area, 1.0)),
-                      v2.RandomHorizontalFlip(0.5 * views.flip)]
-        else:
-            steps += [v2.Resize(views.resize or views.size), v2.CenterCrop(views.size)]
-        self.transform = v2.Compose(steps)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def starts(self, n: int) -> list[int]:
-        """Returns where the windows of a stream of n frames or samples begin."""
-        if self.mode == "train":
-            return [int(torch.randint(max(n - self.length, 0) + 1, ()))]
-        if self.data.views.kind == "audio":         # as few as cover 95 % of the clip
-            count = max(1, math.ceil(n / self.length - 0.05))
-            return np.linspace(0, n - self.length, count).round().astype(int).tolist()
-        windows = sliding_windows(n, self.length, self.length)
-        if self.mode == "val":
-            windows = even_windows(n, self.length)
-        return [window[0] for window in windows]
-
-    def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
-        i, windows = self.indices[n], []
-        file, kind = self.data.files[i], self.data.views.kind
-        stream = read_cached(file, kind)
-        with torch.random.fork_rng(devices=[]):     # workers do not change what is drawn
-            # The prime keeps seeds, epochs and up to a million clips from sharing numbers.
-            epoch_seed = 1_000_003 * self.seed + int(self.epoch)
-            torch.default_generator.manual_seed(1_000_003 * epoch_seed + i)
-            for start in self.starts(len(stream)):
-                window = stream[start:start + self.length]
-                if kind == "video":
-                    window = decode_jpegs(window, file)
-                if len(window) < self.length:       # loops it
-                    window = window[torch.arange(self.length) % len(window)]
-                windows.append(self.transform(window) if kind == "video" else window)
-        return i, torch.stack(windows), self.data.labels([i])[0], self.teacher[i]
-
-def join_clips(items: list) -> tuple[Sequence[int], Tensor, list[int], Tensor, Tensor]:
-    """Joins items of `ClipViews`: indices, windows, windows per clip, labels, embeddings."""
-    indices, windows, labels, teacher = zip(*items)
-    counts = [len(part) for part in windows]
-    windows = torch.cat(windows)
-    if torch.utils.data.get_worker_info() is not None:
-        windows.share_memory_()         # else the queue would lose the error if there is no room
-    return indices, windows, counts, default_collate(labels), default_collate(teacher)
 
 class Data(NamedTuple):
     """Holds a decoded data set as the student, or the teacher, sees it."""
@@ -1577,8 +1509,75 @@ class Data(NamedTuple):
         return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers,
                           collate_fn=join_clips, persistent_workers=workers > 0,
                           pin_memory=torch.cuda.is_available(),
-                          generator=torch.Generator(),      # keeps torch's own for SpecAugment
+                          generator=torch.Generator(),      # or it would draw from SpecAugment's
                           drop_last=mode == "train" and len(indices) >= batch_size * world)
+
+class ClipViews(Dataset):
+    """Reads windows: item n is (clip index, windows (count, ...), label, teacher's embedding).
+
+    mode "train"  gives one random window, which follows from seed, epoch and clip alone
+    mode "val"    gives three even windows of video (authors, while training)
+    mode "test"   gives consecutive windows (authors, final test)
+    For sound, both give even windows that cover the clip but for 5 % of a window (ours).
+    Clips that are shorter than a window are looped. Without a teacher, embeddings are empty.
+    """
+    def __init__(self, data: Data, indices: list[int], mode: str, seed: int = 0,
+                 teacher: Tensor | None = None):
+        self.data, self.indices, self.mode, self.seed = data, indices, mode, seed
+        self.teacher = torch.zeros(len(data.clips), 0) if teacher is None else teacher
+        self.epoch = torch.zeros((), dtype=torch.int64)     # a tensor, which workers can share
+        views, steps = data.views, []
+        self.length = views.frames if views.kind == "video" else round(views.seconds * 32000)
+        if views.strong:
+            steps += [v2.Grayscale(3), v2.RandomAutocontrast(p=1.0)]
+        if views.strong and mode == "train":
+            steps += [v2.RandomInvert(), v2.RandomRotation(15)]
+        if mode == "train":
+            steps += [v2.RandomResizedCrop(views.size, scale=(views.crop_area, 1.0)),
+                      v2.RandomHorizontalFlip(0.5 * views.flip)]
+        else:
+            steps += [v2.Resize(views.resize or views.size), v2.CenterCrop(views.size)]
+        self.transform = v2.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def starts(self, n: int) -> list[int]:
+        """Returns where the windows of a stream of n frames or samples begin."""
+        if self.mode == "train":
+            return [int(torch.randint(max(n - self.length, 0) + 1, ()))]
+        if self.data.views.kind == "audio":         # up to 5 % of a window may be missed
+            count = max(1, math.ceil(n / self.length - 0.05))
+            return np.linspace(0, n - self.length, count).round().astype(int).tolist()
+        windows = sliding_windows(n, self.length, self.length)
+        if self.mode == "val":
+            windows = even_windows(n, self.length)
+        return [window[0] for window in windows]
+
+    def __getitem__(self, n: int) -> tuple[int, Tensor, Tensor, Tensor]:
+        i, windows = self.indices[n], []
+        file, kind = self.data.files[i], self.data.views.kind
+        stream = read_cached(file, kind)
+        with torch.random.fork_rng(devices=[]):     # draws nothing from SpecAugment's generator
+            # The factor keeps seeds, epochs and up to a million clips from sharing numbers.
+            epoch_seed = 1_000_003 * self.seed + int(self.epoch)
+            torch.default_generator.manual_seed(1_000_003 * epoch_seed + i)
+            for start in self.starts(len(stream)):
+                window = stream[start:start + self.length]
+                if kind == "video":                 # one draw for all its frames
+                    window = self.transform(decode_jpegs(window, file))
+                looped = torch.arange(self.length) % len(window)        # if it is too short
+                windows.append(window[looped])
+        return i, torch.stack(windows), self.data.labels([i])[0], self.teacher[i]
+
+def join_clips(items: list) -> tuple[Sequence[int], Tensor, list[int], Tensor, Tensor]:
+    """Joins items of `ClipViews`: indices, windows, windows per clip, labels, embeddings."""
+    indices, windows, labels, teacher = zip(*items)
+    counts = [len(part) for part in windows]
+    windows = torch.cat(windows)
+    if torch.utils.data.get_worker_info() is not None:
+        windows.share_memory_()         # raises if there is no room; the queue would only hang
+    return indices, windows, counts, default_collate(labels), default_collate(teacher)
 
 # -------------------- 8. Metrics (between 0 and 1, except d') --------------------
 def check_scores(scores: Tensor) -> Tensor:
@@ -1763,7 +1762,7 @@ def load_checkpoint(path: str | Path) -> dict:
                        "epoch": content.get("epoch", 0)}
         with torch.device("meta"):                          # names and shapes without memory
             network = make_network(**content["network"])
-        network.load_state_dict(dict(content["student"]), assign=True)  # notes `assign` in a copy
+        network.load_state_dict(dict(content["student"]), assign=True)  # a copy: torch marks it
         for name, value in content["student"].items():
             if not value.isfinite().all():
                 raise ValueError(f"{name} holds numbers that are infinite or NaN")
@@ -2434,6 +2433,7 @@ def choose_folder(args) -> str:
     resumes = args.resume and not args.checkpoint and runs
     folder = runs[-1] if resumes else folders[-1]
     several = "," in args.method or args.seeds > 1
+    # A comparison has results.json, but no last.pt of its own.
     mixed = (folder / "results.json").exists() and several == (folder / "last.pt").exists()
     if folder in runs and (mixed or not resumes):
         raise InputError(f"{folder} holds a run; continue it with --resume, or give another --out")
@@ -2605,7 +2605,8 @@ def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
                 "give embeddings with --teacher FOLDER, or train without: --method student")
         network, *views = open_teacher(args.teacher, wanted, args.device)
 
-    data, *seen = open_data(args, clips, classes, skipped, *views)      # by student and teacher
+    # `seen` holds the teacher's Data, or nothing if embeddings are given or not needed.
+    data, *seen = open_data(args, clips, classes, skipped, *views)
     plan = [("student", data, args.epochs * args.seeds * len(args.method.split(",")))]
     if seen and network is None:
         plan.insert(0, ("teacher", *seen, args.teacher_epochs))
