@@ -76,11 +76,11 @@ class InputError(ValueError):
 class Features(NamedTuple):
     """Holds what a student returns."""
     map: Tensor         # (B, K, D) S; positions in the order t, h, w (video) or t, mel (audio)
-    pooled: Tensor      # (B, D) embedding p, non-negative
+    pooled: Tensor      # (B, D) embedding p, non-negative; another D if AudioNet has a `dim`
     logits: Tensor      # (B, C)
 
 def cosine_matrix(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the cosine similarity of all pairs of rows: (N, D) and (M, D) -> (N, M)."""
+    """Returns the cosine of all pairs of rows: (N, D) and (M, D) -> (N, M). Not for autocast."""
     # In half precision, clips that differ would get the same similarity.
     a = a.to(torch.promote_types(a.dtype, torch.float32))
     b = b.to(torch.promote_types(b.dtype, torch.float32))
@@ -90,10 +90,10 @@ def label_overlap(labels: Tensor) -> Tensor:
     """Returns how much the labels of every two clips overlap: (B, B), values in 0..1, diagonal 1.
 
     For class indices (B,) it is 1 if they are equal, else 0, as in the authors' code. For multi-hot
-    tags (B, C) it is the Jaccard index of the two sets (ours).
+    tags (B, C), 0 or 1, it is the Jaccard index of the two sets (ours).
     """
-    if labels.ndim == 1:
-        return (labels[:, None] == labels).float()
+    if labels.numel() == len(labels):                       # (B,) or (B, 1)
+        return (labels.reshape(-1, 1) == labels.reshape(-1)).float()
     tags = labels.to(torch.promote_types(labels.dtype, torch.float32))
     shared = tags @ tags.T                                  # (B, B) number of common tags
     count = tags.sum(1)
@@ -114,8 +114,8 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
              offset: float = 0.07) -> Tensor:
     """Contrasts student and evidence with one temperature per pair (authors' loss/csc_loss.py).
 
-    student     (B, D)  embedding p of the student, any scale
-    evidence    (B, D)  evidence s^ that the purified teacher found in the student's map, any scale
+    student     (B, D)  embedding p of the student, any scale but 0
+    evidence    (B, D)  evidence s^ that the purified teacher found in the student's map, likewise
     similarity  (B, B)  cosine_matrix(student, purified teacher).detach(); zeros for one temperature
     labels      (B,) class indices or (B, C) multi-hot tags, see `label_overlap`
     offset      temperature = max(similarity, 0) + offset; 0.07 for UCF51, 0.2 for ActivityNet
@@ -126,9 +126,9 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
     if similarity.requires_grad:
         raise ValueError("similarity carries a gradient but sets a temperature; pass it detached")
     size = len(labels)
-    if not len(student) == len(evidence) == size or similarity.shape != (size, size):
-        raise ValueError(f"student has {len(student)} rows, evidence {len(evidence)}, labels {size}"
-                         f", similarity {tuple(similarity.shape)}; pass B, B, B and (B, B)")
+    if student.shape != evidence.shape or len(student) != size or similarity.shape != (size, size):
+        raise ValueError(f"student is {tuple(student.shape)}, evidence {tuple(evidence.shape)} for "
+                         f"{size} labels; similarity {tuple(similarity.shape)} must be (B, B)")
     if not offset > 0:
         raise ValueError(f"offset is {offset}, but must be above 0; the authors use 0.07 or 0.2")
     temperature = similarity.clamp_min(0) + offset          # the clamp (ours) keeps it above 0
@@ -154,7 +154,7 @@ class Filtered(NamedTuple):
     logits: Tensor      # (B, C) classes seen in the evidence
     gate: Tensor        # (B, D) how much of each teacher feature passes, 0..1
     attention: Tensor   # (B, K) where the purified teacher looks; rows sum to 1
-    raw: Tensor         # (B, D) the teacher t before the gate
+    raw: Tensor         # (B, D) the teacher t before the gate, behind the adapter, detached
 
 class ModalityNoiseFilter(nn.Module):
     """Gates the teacher by what the student sees, then queries the student's map with it (MNF).
@@ -180,7 +180,7 @@ class ModalityNoiseFilter(nn.Module):
         self.sv_cls_classifier = nn.Linear(dim, num_classes)                                # W4
 
     def forward(self, teacher: Tensor, student_map: Tensor) -> Filtered:
-        widths = teacher.shape[1], student_map.shape[2]
+        widths = *teacher.shape[1:], *student_map.shape[2:]
         if widths != self.widths:
             raise ValueError(f"teacher and student are {widths} wide; the filter is {self.widths}")
         teacher = self.adapter(teacher)                                     # (B, D)
@@ -190,7 +190,7 @@ class ModalityNoiseFilter(nn.Module):
         found, attention = self.attn(purified[:, None], student_map, student_map)
         evidence = self.trans_sv(found[:, 0])                               # (B, D)
         logits = self.sv_cls_classifier(evidence)                           # (B, C)
-        return Filtered(purified, evidence, logits, gate, attention[:, 0], teacher)
+        return Filtered(purified, evidence, logits, gate, attention[:, 0], teacher.detach())
 
 def gather(part: Tensor | None) -> Tensor | None:
     """Joins the parts of a batch that torchrun's processes hold; only one's own has gradients."""
@@ -242,12 +242,11 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
         similarity = cosine_matrix(features.pooled, filtered.teacher).detach()  # 3. trust
         if not calibrate:
             similarity = torch.zeros_like(similarity)
-        raw = filtered.raw.detach()     # or the adapter would learn to move t away from p
         w2 = noise_filter.gated_feature_composer[-1].weight
         filter_terms = {                                                        # 4. L_filter
             "filter_cls": classification_loss(filtered.logits, labels),
             "sparsity": sparsity * sparsity_loss(w2),       # without W1 (kept)
-            "triplet": triplet_loss(features.pooled, raw, filtered.teacher, margin)}
+            "triplet": triplet_loss(features.pooled, filtered.raw, filtered.teacher, margin)}
         only = list(noise_filter.parameters())          # the student learns nothing from this loss
         sum(filter_terms.values()).backward(inputs=only, retain_graph=True)
         terms["csc"] = csc_loss(features.pooled, filtered.evidence, similarity, labels, offset)
@@ -417,7 +416,7 @@ class VideoBlock(nn.Module):
     def __init__(self, c_in: int, c_out: int, downsample: bool = False):
         super().__init__()
         stride = (2, 2, 2) if downsample else (1, 1, 1)
-        self.downsample = downsample
+        self.downsampleconv = self.downsamplebn = nn.Identity()
         if downsample:
             self.downsampleconv = FactorisedConv3d(c_in, c_out, (1, 1, 1), stride)
             self.downsamplebn = nn.BatchNorm3d(c_out)
@@ -427,7 +426,7 @@ class VideoBlock(nn.Module):
         self.bn2 = nn.BatchNorm3d(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = self.downsamplebn(self.downsampleconv(x)) if self.downsample else x
+        shortcut = self.downsamplebn(self.downsampleconv(x))
         x = F.relu(self.bn1(self.conv1(x)))
         return F.relu(shortcut + self.bn2(self.conv2(x)))
 
@@ -467,7 +466,7 @@ class VideoNet(nn.Module):
 class LogMel(nn.Module):
     """Turns sound (B, samples), 32 kHz, -1..1, into PANNs' decibels (B, 1 + samples // 320, 64).
 
-    It computes in float32. With less than 513 samples, 16 ms, torch raises a RuntimeError.
+    It computes in float32; do not call its `half`. Less than 513 samples raise a RuntimeError.
     """
     def __init__(self):
         super().__init__()
@@ -478,7 +477,7 @@ class LogMel(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         with torch.autocast(samples.device.type, enabled=False):    # float16 overflows (PANNs #17)
-            return self.decibel(self.mel(samples.float())).transpose(1, 2)
+            return self.decibel(self.mel(samples.float())).mT
 
 class AudioBlock(nn.Module):
     """Applies two 3x3 convolutions, then average pooling of time and frequency."""
@@ -499,8 +498,8 @@ class AudioNet(nn.Module):
     """Maps decibels (B, T, 64) from `LogMel` to Features: PANNs' CNN family.
 
     stages=4 is Cnn10 (T at least 16, 10 s give K = 62 * 4), stages=6 is Cnn14_emb512 (32, 31 * 2).
-    The map, averaged over mel, becomes one vector by max + mean over time. dim=None takes it as the
-    embedding, in the map's space (our students); else PANNs' fc1 maps it to `dim`. No dropout.
+    The map, D = width * 2 ** (stages - 1), averaged over mel, becomes one vector by max + mean over
+    time. dim=None takes it as the embedding (our students); else PANNs' fc1 maps it to `dim`.
     """
     def __init__(self, num_classes: int, width: int = 64, stages: int = 4, dim: int | None = 512):
         super().__init__()
@@ -631,7 +630,7 @@ def decode_frames(stream, start: float, end: float) -> Iterator[tuple]:
 def check_length(stream, start: float, end: float, got: float) -> None:
     """Raises InputError unless the `got` seconds from `start` on are what the header promises."""
     if got <= 0.001:
-        raise InputError(f"there is no {stream.type} at {start:g} s")
+        raise InputError(f"there is no {stream.type} from {start:g} to {end:g} s")
     container = stream.container
     origin = (container.start_time or 0) / av.time_base
     form = container.format.name.split(",")[0]
@@ -724,9 +723,13 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     start, end  seconds since the file's start; `end` is the file's end by default and at most
     fps         picture k is the one that is shown at start + k / fps, so a picture may repeat
     side        shorter side, in pixels, to which larger pictures are scaled down
-    Raises InputError if the file has no picture there, is truncated, damaged or cannot be decoded.
+    Raises InputError if the file has no picture there, is damaged, cannot be decoded or, where its
+    header tells the length, is truncated; ValueError if times, fps or side cannot be.
     """
     end = math.inf if end is None else end
+    if not (0 <= start < end and 0 < fps < math.inf and side >= 1):
+        raise ValueError(f"start {start}, end {end}, fps {fps}, side {side}; pass 0 <= start < end,"
+                         " fps above 0 and side at least 1")
     pictures, size, stop = [], None, start
     with open_stream(path, "video", find_seek(path, "video", start)) as stream:
         frames = decode_frames(stream, start, end)
@@ -981,8 +984,7 @@ def coverage(clips: list[Clip], skipped: list) -> str:
     for split, name in (("train", "training"), ("eval", "evaluation")):
         found = sum(clip.split == split for clip in clips)
         listed = found + reasons[MISSING[split]]
-        share = found / max(listed, 1)
-        parts.append(f"{found:,} of {listed:,} {name} clips ({share:.1%})")
+        parts.append(f"{found:,} of {listed:,} {name} clips ({found / max(listed, 1):.1%})")
     return "found " + " and ".join(parts)
 
 def lone_labels(clips: list[Clip], classes: list[str]) -> list[str]:
@@ -1635,7 +1637,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
     """Ranks the gallery (G, D) by cosine to each query (Q, D); clips of the query's label are hits.
 
     Labels are class indices (Q,), (G,). A query that is also in the gallery finds itself. Among
-    equals, misses come first. 256 queries are compared at a time, to save memory.
+    equals, misses come first. Raises ValueError if labels do not fit or a number is NaN.
     topk          length to which mAP_released cuts each ranking (authors: 100 or 500)
     R@k           share of queries with a hit among the k nearest clips
     mAP           mean of the average precision over the whole ranking; 0 for a query without hits
@@ -1643,12 +1645,12 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
     wanted, known = torch.as_tensor(query_labels), torch.as_tensor(gallery_labels)
-    if (len(queries), len(gallery)) != (len(wanted), len(known)):
-        raise ValueError(f"{len(queries)} queries have {len(wanted)} labels and {len(gallery)} "
-                         f"gallery clips {len(known)}; pass one label each")
+    if (wanted.shape, known.shape) != (queries.shape[:1], gallery.shape[:1]):
+        raise ValueError(f"{len(queries)} queries have labels {tuple(wanted.shape)}, {len(gallery)}"
+                         f" gallery clips {tuple(known.shape)}; pass one class index each")
     first, precisions, released = [], [], []
     for block, labels in zip(queries.split(256), wanted.split(256), strict=True):
-        distances = -cosine_matrix(block, gallery).T                            # (G, 256)
+        distances = -cosine_matrix(block, gallery).T        # (G, 256), in parts to save memory
         for hits, misses in by_column(distances, known[:, None] == labels):
             count = np.arange(1, len(hits) + 1)
             ranks = count + np.searchsorted(misses, hits, side="right")
