@@ -118,7 +118,7 @@ def test_the_filter_loss_trains_the_filter_and_the_student_loss_trains_both(cali
     csc = xmkd.csc_loss(p.pooled, found.evidence, similarity, labels)
     student_loss = F.cross_entropy(p.logits, labels) + csc
     filter_loss = F.cross_entropy(found.logits, labels)
-    filter_loss += 1e-3 * xmkd.sparsity_loss(helper.gated_feature_composer[3].weight)
+    filter_loss += 1e-3 * xmkd.sparsity_loss(helper.gated_feature_composer[-1].weight)
     filter_loss += xmkd.triplet_loss(p.pooled, teacher, found.teacher)
     for network, loss in (student, student_loss), (helper, student_loss + filter_loss):
         weights = list(network.parameters())
@@ -369,7 +369,7 @@ def test_a_list_that_cannot_be_used_says_why(tmp_path, row, reason):
         xmkd.read_data(tmp_path)
 
 @pytest.mark.parametrize("names, reason", [
-    ("notes", "none of clips.csv.*classInd.txt.*annotation.json"),
+    ("notes", "none of .*clips.csv.*classInd.txt.*annotation.json"),
     ("eval_segments.csv", "class_labels_indices.csv is missing"),
     ("train/dog/0.wav test/dog/1.wav", "no val/; rename .* test/"),
     ("a/train/dog/0.wav b/train/dog/0.wav", "a/train and .*b/train are both there")])
@@ -958,9 +958,9 @@ def test_a_function_runs_below_the_imports_with_what_it_calls(name):
 
 def test_the_file_is_as_light_as_it_promises():
     for name, length in ("xmkd.py", 2780), ("test_xmkd.py", 1000), ("README.md", 260):
-        assert len((HERE / name).read_text().splitlines()) <= length
+        assert len((HERE / name).read_text().splitlines()) <= length, "raise it for your additions"
     nodes = list(ast.walk(ast.parse(SOURCE)))
-    assert len(nodes) / len(CODE) <= 13.7
+    assert len(nodes) / len(CODE) <= 13.7, "lines are denser than they were"
     for node in nodes:
         if isinstance(node, ast.FunctionDef):
             limit = 85 if node.name in ("build_parser", "fit") else 60

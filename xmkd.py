@@ -26,7 +26,7 @@ One training step, numbered as in `train_step`; t is the teacher's embedding of 
 
 Sections: 1 Method, 2 Compared methods, 3 Networks, 4 Media, 5 Data sets, 6 Demo, 7 Cache and views,
           8 Metrics, 9 Checkpoints, 10 Training, 11 Teacher, 12 Prediction, 13 Arguments and main.
-To add:   a loss, see Distiller.methods in 2; a data set, see READERS in 5; nothing else changes.
+To add:   a loss, see Distiller.methods in 2; a data set, see READERS in 5; nothing else changes
 Origin:   (authors) is from their released code or settings, (kept) an oddity of it, (ours) ours.
 Letters:  B clips in a batch, K positions of a map, D features, C classes, T frames, N clips.
 """
@@ -118,10 +118,9 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
     evidence    (B, D)  evidence s^ that the purified teacher found in the student's map, likewise
     similarity  (B, B)  cosine_matrix(student, purified teacher).detach(); zeros for one temperature
     labels      (B,) class indices or (B, C) multi-hot tags, see `label_overlap`
-    offset      temperature = max(similarity, 0) + offset; 0.07 for UCF51, 0.2 for ActivityNet
+    offset      temperature = max(similarity, 0) + offset, so pairs that agree are softened (kept)
     Returns the batch mean in nats: log(B) if all embeddings are equal and so are all similarities.
     Raises ValueError if shapes differ, `similarity` has a gradient or `offset` is not positive.
-    Pairs that agree get a higher temperature, which softens them, the others a lower one (kept).
     """
     if similarity.requires_grad:
         raise ValueError("similarity carries a gradient but sets a temperature; pass it detached")
@@ -984,7 +983,8 @@ def coverage(clips: list[Clip], skipped: list) -> str:
     for split, name in (("train", "training"), ("eval", "evaluation")):
         found = sum(clip.split == split for clip in clips)
         listed = found + reasons[MISSING[split]]
-        parts.append(f"{found:,} of {listed:,} {name} clips ({found / max(listed, 1):.1%})")
+        share = found / max(listed, 1)
+        parts.append(f"{found:,} of {listed:,} {name} clips ({share:.1%})")
     return "found " + " and ".join(parts)
 
 def lone_labels(clips: list[Clip], classes: list[str]) -> list[str]:
@@ -1164,8 +1164,11 @@ def read_list(root: str | Path, skipped: list | None = None) -> DataSet:
 
     def match(path: str, name: str) -> tuple[list, bool]:
         stem = os.path.splitext(path)[0]
-        ids = ids_of.get(stem) or ids_of.get(os.path.basename(stem)) or ids_of.get(name, [])
-        return ids, False
+        # The second is for a list that lies one folder down, with its files.
+        for key in stem, stem.partition("/")[2], os.path.basename(stem), name:
+            if key in ids_of:
+                return ids_of[key], False
+        return [], False
 
     return attach_files(clips, root, skipped, match), classes
 
@@ -1784,8 +1787,7 @@ def restore(saved: dict, device: str) -> nn.Module:
 # -------------------- 10. Training and evaluation --------------------
 STUDENT_KIND = {"audio_tagging": "audio", "action_recognition": "video", "video_retrieval": "video"}
 TEACHER_KIND = {"audio_tagging": "video", "action_recognition": "audio", "video_retrieval": "audio"}
-# student: the labels alone; kd to ccl: other papers'; csc: xmkd without the filter, s^ = t^ = t;
-# mnf: xmkd with one temperature for all pairs.
+# student: the labels alone; csc: xmkd without the filter; mnf: xmkd with one temperature.
 METHODS = ("student", *Distiller.methods, "mnf", "xmkd")
 log = logging.getLogger("xmkd")
 
@@ -1907,7 +1909,7 @@ def build(data: Data, method: str, seed: int, teacher: Tensor | None = None, dev
     if method in ("xmkd", "mnf"):
         noise_filter = ModalityNoiseFilter(classes, dim, teacher_dim=teacher.shape[1]).to(device)
         filter_lr = 0.2                                             # authors
-    elif method in Distiller.methods:
+    elif method not in ("student", "teacher"):
         probe = fit_probe(data, teacher) if method == "kd" else None
         noise_filter = Distiller(method, classes, dim, teacher.shape[1], offset, probe).to(device)
     return student, noise_filter, make_optimizer(student, noise_filter, lr, weight_decay, filter_lr)
@@ -2151,12 +2153,12 @@ def given_teacher(args, clips: list[Clip]) -> tuple[dict | None, dict]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         rows = dict(zip(saved["ids"], saved["embeddings"]))
         about = {"kind": saved["kind"], "metrics": saved["metrics"]}
+        before = saved["settings"]
     except Exception as error:                      # the loader raises a dozen kinds
         raise InputError(f"{path} is not the teacher.pt of a run; give another") from error
     if resumed:
-        refuse_changes("--resume", path, saved.get("settings", {}), settings_of(vars(args)))
+        refuse_changes("--resume", path, before, settings_of(vars(args)))
         return rows, about
-    before = saved.get("settings", vars(args))      # those of older versions hold none
     names = ["data", "split", "fold", "per_class", "noise", "mismatch"]     # of the same clips
     if args.data == "demo" or args.per_class:
         names.append("seed")
@@ -2177,7 +2179,7 @@ def leave_out(clips: list[Clip], rows: dict, skipped: list) -> list[Clip]:
 
 def embed_clips(network: nn.Module, data: Data, machine: Machine = CPU) -> dict[str, Tensor]:
     """Embeds all clips of `data` that have the network's modality: {clip id: embedding (D,)}."""
-    log.info("embedding the clips with the teacher")
+    log.info("embedding the clips")
     known = [i for i in data.train + data.eval if data.files[i]]
     _, embeddings = predict(network, data, known, machine)
     return {data.clips[i].id: row for i, row in zip(known, embeddings)}
@@ -2193,15 +2195,15 @@ def score_probe(data: Data, teacher: Tensor) -> dict[str, float]:
 # -------------------- 12. Prediction on files --------------------
 def list_files(paths: list[str], kind: str) -> list[str]:
     """Lists the media files named and those in folders, except sound files if video is needed."""
-    files, fit = [], MEDIA_FILES if kind == "audio" else FILM_FILES + FRAME_FILES
+    files, endings = [], MEDIA_FILES if kind == "audio" else FILM_FILES + FRAME_FILES
     for path in paths:
         if os.path.isdir(path):
-            files += [file for file in find_files(path) if file.lower().endswith(fit)]
+            files += [file for file in find_files(path) if file.lower().endswith(endings)]
         else:
             files.append(path)
     if not files:
         raise InputError(f"{', '.join(paths)}: no media file with {kind}; known endings are "
-                         f"{' '.join(fit)}")
+                         f"{' '.join(endings)}")
     return files
 
 def predict_files(saved: dict, paths: list[str], folder: str | None, views: Views, cache: Path,
@@ -2291,19 +2293,17 @@ def build_parser() -> Parser:
         help="AudioSet's training list")
     add("--fold", type=int, default=1, choices=[1, 2, 3], help="UCF-101's split")
     add("--noise", type=part, default=0.3, help="demo: share of clips whose teacher is noisy")
-    add("--mismatch", type=part, default=0.2,
-        help="demo: share of training clips whose teacher sees something else")
-    add("--per-class", type=count, metavar="N", help="train on N clips a class, drawn by --seed")
+    add("--mismatch", type=part, default=0.2, help="demo: share of clips whose teacher is wrong")
+    add("--per-class", type=count, metavar="N",
+        help="train on N clips a class, drawn by --seed; all evaluation clips count")
     add("--max-skipped", type=part, default=0.2, help="largest share of unreadable clips")
 
     add = parser.add_argument_group("views").add_argument
     add("--frames", type=count, default=16, help="frames per window (authors)")
     add("--fps", type=number(float, 0.01, 240), default=4.0, help="frames a second (authors)")
     add("--size", type=side, default=112, help="side of a window in pixels (authors)")
-    add("--frame-side", type=side, default=240,
-        help="shorter side of the cached frames; they are never enlarged (authors' data)")
-    add("--seconds", type=number(float, 0.4, 3600), default=10.0,
-        help="seconds of sound per window; shorter clips are looped (PANNs)")
+    add("--frame-side", type=side, default=240, help="shorter side of cached frames (authors)")
+    add("--seconds", type=number(float, 0.4, 3600), default=10.0, help="sound per window (PANNs)")
     add("--crop-area", type=number(float, 0.01, 1), default=0.25,
         help="smallest part of a frame that a training window shows (authors)")
     add("--flip", action=flag, default=True, help="mirror half of the training windows (authors)")
@@ -2321,8 +2321,7 @@ def build_parser() -> Parser:
         help="permute the teacher's embeddings among the training clips, as a control (ours)")
     add("--csc-offset", type=number(float, 1e-6, 10), default=0.07,
         help="added to the similarity to give CSC's temperature (authors)")
-    add("--margin", type=number(float, 0, 2), default=0.2,
-        help="margin of the triplet term, in cosine (authors)")
+    add("--margin", type=number(float, 0, 2), default=0.2, help="of the triplet term (authors)")
     add("--sparsity", type=part, default=1e-3, help="weight of the L1 term (authors)")
     add("--width", type=number(int, 2, 1024), default=64,
         help="channels of the first stage; D is 8 times as many (authors)")
@@ -2440,8 +2439,8 @@ def choose_folder(args) -> str:
     if folder in runs and (mixed or not resumes):
         raise InputError(f"{folder} holds a run; continue it with --resume, or give another --out")
     join_shares([])                                 # all processes have looked, or refused it
-    may_exist = args.out or resumes or process()[1] > 1
-    folder.mkdir(parents=True, exist_ok=bool(may_exist))    # of two runs, one gets a new folder
+    # Of two runs that start at once, one gets a new folder.
+    folder.mkdir(parents=True, exist_ok=bool(args.out or resumes or process()[1] > 1))
     last = sorted(folder.rglob("last.pt"), key=os.path.getmtime) if resumes else []
     if last:
         saved = load_checkpoint(last[-1])
@@ -2631,8 +2630,6 @@ def prepare(args) -> tuple[Data, Tensor | None, dict | None]:
                                        "embeddings": embeddings, "settings": options["settings"]})
     return data, embeddings, about
 
-SHOWN = "R@1 mAP top1 top5 AUC d_prime".split()     # in the table; results.json has all metrics
-
 def print_table(rows: dict[str, list[dict]]) -> None:
     """Prints the mean of the main metrics by method and, over several seeds, their deviation."""
     table, alone = dict(rows), rows.get("student", [])
@@ -2640,7 +2637,8 @@ def print_table(rows: dict[str, list[dict]]) -> None:
         if len(alone) > 1 and method not in ("student", "teacher"):
             table[f"{method} - student"] = [        # gains, paired by seed, with standard errors
                 {name: run[name] - base[name] for name in base} for run, base in zip(runs, alone)]
-    names = [name for name in SHOWN if name in list(rows.values())[-1][0]]
+    found = list(rows.values())[-1][0]                  # results.json has those not shown, too
+    names = [name for name in ("R@1", "mAP", "top1", "top5", "AUC", "d_prime") if name in found]
     print("\n" + " " * 18 + "".join(f"{name:>16}" for name in names))
     for label, runs in table.items():
         line = f"{label:18}"
@@ -2656,11 +2654,11 @@ def print_table(rows: dict[str, list[dict]]) -> None:
 def run(args) -> None:
     """Trains every method with every seed on the same data and teacher, and prints the table."""
     begun, out, methods = time.time(), Path(args.out), args.method.split(",")
-    data, embeddings, teacher = prepare(args)
-    about = {"task": args.task, "data": args.data, "teacher": teacher,
+    data, embeddings, maker = prepare(args)
+    about = {"task": args.task, "data": args.data, "teacher": maker,
              "clips": {"train": len(data.train), "eval": len(data.eval)}}
-    rows = {} if teacher is None else {"teacher": [teacher["metrics"]]}
-    if teacher is not None and args.shuffle_teacher:
+    rows = {} if maker is None else {"teacher": [maker["metrics"]]}
+    if maker is not None and args.shuffle_teacher:
         order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(args.seed))
         embeddings[data.train] = embeddings[data.train][order]
     several = len(methods) > 1 or args.seeds > 1
