@@ -114,7 +114,7 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
              offset: float = 0.07) -> Tensor:
     """Contrasts student and evidence with one temperature per pair (authors' loss/csc_loss.py).
 
-    student     (B, D)  embedding p of the student, any scale but 0
+    student     (B, D)  embedding p of the student, any scale but 0; not inside torch.autocast
     evidence    (B, D)  evidence s^ that the purified teacher found in the student's map, likewise
     similarity  (B, B)  cosine_matrix(student, purified teacher).detach(); zeros for one temperature
     labels      (B,) class indices or (B, C) multi-hot tags, see `label_overlap`
@@ -141,7 +141,7 @@ def sparsity_loss(weight: Tensor) -> Tensor:
     return weight.abs().sum(1).mean()
 
 def triplet_loss(student: Tensor, teacher: Tensor, purified: Tensor, margin: float = 0.2) -> Tensor:
-    """Penalises a cos(student, purified) below cos(student, teacher) + margin; all are (B, D)."""
+    """Returns the mean of relu(cos(student, teacher) - cos(student, purified) + margin); (B, D)."""
     raw = F.cosine_similarity(student, teacher)
     clean = F.cosine_similarity(student, purified)
     return F.relu(raw - clean + margin).mean()
@@ -153,7 +153,7 @@ class Filtered(NamedTuple):
     logits: Tensor      # (B, C) classes seen in the evidence
     gate: Tensor        # (B, D) how much of each teacher feature passes, 0..1
     attention: Tensor   # (B, K) where the purified teacher looks; rows sum to 1
-    raw: Tensor         # (B, D) the teacher t before the gate, behind the adapter, detached
+    raw: Tensor         # (B, D) t behind the adapter; detached, lest the triplet train that
 
 class ModalityNoiseFilter(nn.Module):
     """Gates the teacher by what the student sees, then queries the student's map with it (MNF).
@@ -218,11 +218,11 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
                inputs: Tensor, teacher: Tensor | None, labels: Tensor, offset: float = 0.07,
                margin: float = 0.2, sparsity: float = 1e-3, calibrate: bool = True,
                amp: bool = False) -> dict[str, Tensor]:
-    """Updates student and filter once. Returns the terms of both losses, detached, by name.
+    """Updates student and filter, both in `optimizer`; returns the detached loss terms by name.
 
     noise_filter  ModalityNoiseFilter; a Distiller, whose loss replaces 2 to 4 and CSC; or None
-    inputs        (B, ...) what the student takes; float32 or float64
-    teacher       (B, teacher_dim) embeddings t, not normalised, see 11; None without noise_filter
+    inputs        (B, ...) for the student, which returns Features; float32 or float64
+    teacher       (B, teacher_dim) embeddings t, not normalised, see 11; unused without filter
     labels        (B,) class indices or (B, C) multi-hot tags
     calibrate     False gives every pair the same temperature, `offset` (method mnf)
     amp           runs the student in bfloat16; its features are float32 again in all that follows
@@ -494,7 +494,7 @@ class AudioBlock(nn.Module):
         return F.avg_pool2d(x, self.pool)
 
 class AudioNet(nn.Module):
-    """Maps decibels (B, T, 64) from `LogMel` to Features: PANNs' CNN family.
+    """Maps decibels (B, T, 64) of `LogMel` to Features: PANNs' CNNs, no dropout or SpecAugment.
 
     stages=4 is Cnn10 (T at least 16, 10 s give K = 62 * 4), stages=6 is Cnn14_emb512 (32, 31 * 2).
     The map, D = width * 2 ** (stages - 1), averaged over mel, becomes one vector by max + mean over
@@ -656,8 +656,8 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
 
     start, end  seconds since the file's start; `end` is the file's end by default and at most
     Mono is the mean of the channels. Gaps between timestamps and a late start become silence.
-    Peaks up to 2, as lossy codecs leave them, are kept; more is no sound on a scale of -1..1.
-    Raises InputError if the file has no sound there, is truncated, damaged or cannot be decoded.
+    Peaks up to 2, as lossy codecs leave them, are kept. Raises InputError above that, or if there
+    is no sound, it is damaged, cannot be decoded or (not told by WAV or Ogg) is truncated.
     """
     rate = 32000
     end = math.inf if end is None else end
@@ -1604,7 +1604,7 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> float:
     """Returns the mean average precision of scores (N, C) over the classes that have a positive.
 
     Labels (N, C) are 0 or 1. Equal scores share a threshold, as in scikit-learn. Raises ValueError
-    if no class has a positive.
+    if no class has a positive or a score is NaN.
     """
     precisions = []
     for hits, misses in by_column(scores, labels):
@@ -1977,7 +1977,7 @@ def fit(data: Data, method: str, teacher: Tensor | None, out: Path, seed: int = 
     teacher   (N, teacher_dim) embeddings of all clips of `data`; None for "student" and "teacher"
     settings  kept in the checkpoints; `resume` refuses others
     Writes config.json, log.jsonl (a row an epoch), best.pt and last.pt (for `resume`) into `out`.
-    An epoch depends on seed and epoch number alone, so resuming changes nothing.
+    An epoch depends on seed, epoch and number of processes alone, so resuming changes nothing.
     """
     release_memory()
     student, noise_filter, optimizer = build(data, method, seed, teacher, machine.device, width, lr,
@@ -2006,9 +2006,9 @@ def fit(data: Data, method: str, teacher: Tensor | None, out: Path, seed: int = 
     loader = data.loader(data.train, "train", batch_size // world, machine.workers, seed, teacher)
 
     for epoch in range(len(history) + 1, epochs + 1):
-        torch.manual_seed((1_000_003 * seed + epoch) * world + rank)
+        torch.manual_seed((1_000_003 * seed + epoch) * world + rank)    # SpecAugment's
         loader.sampler.set_epoch(epoch)
-        loader.dataset.epoch.fill_(epoch)
+        loader.dataset.epoch.fill_(epoch)                   # in place, for the workers
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
         row |= train_epoch(loader, student, noise_filter, optimizer, machine.device,
                            epochs + 1 - epoch, offset=offset, margin=margin, sparsity=sparsity,
