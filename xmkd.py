@@ -326,7 +326,7 @@ class Distiller(nn.Module):
     forward(features, teacher (B, teacher_dim), labels) -> the loss to add to the student's.
     `offset` is for csc; `probe`, for kd, maps embeddings to logits (see `linear_probe`). To add a
     method, write a function like `kd` above `methods`, and there a line with its name and its
-    layers, [] for none. New layers go into `layers`, weights of the loss into the function.
+    layers, [] for none. New layers go to the end of `layers`, constants into the function.
     """
     def __init__(self, method: str, num_classes: int, dim: int, teacher_dim: int,
                  offset: float = 0.07, probe: nn.Module | None = None):
@@ -2419,7 +2419,7 @@ def check_options(args, saved: dict) -> None:
             raise InputError(message)
 
 def choose_folder(args) -> str:
-    """Makes a run folder, or finds the one that --resume continues; returns its path and says so.
+    """Makes a run folder, or finds the one that --resume continues; returns its path.
 
     A folder that holds a run is refused if --out asks for it; else the name ends in -2, -3, ...
     """
