@@ -722,8 +722,8 @@ def decode_video(path: str | Path, start: float = 0.0, end: float | None = None,
     start, end  seconds since the file's start; `end` is the file's end by default and at most
     fps         picture k is the one that is shown at start + k / fps, so a picture may repeat
     side        shorter side, in pixels, to which larger pictures are scaled down
-    Raises InputError if the file has no picture there, is damaged, cannot be decoded or, where its
-    header tells the length, is truncated; ValueError if times, fps or side cannot be.
+    Raises InputError if no picture is shown by start + 0.5 s, over 0.5 s are damaged, it cannot be
+    decoded or lacks over 10 % (and 0.3 s) of its header's length; ValueError if an argument is bad.
     """
     end = math.inf if end is None else end
     if not (0 <= start < end and 0 < fps < math.inf and side >= 1):
