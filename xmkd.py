@@ -26,8 +26,8 @@ One training step, numbered as in `train_step`; t is the teacher's embedding of 
 
 Sections: 1 Method, 2 Compared methods, 3 Networks, 4 Media, 5 Data sets, 6 Demo, 7 Cache and views,
           8 Metrics, 9 Checkpoints, 10 Training, 11 Teacher, 12 Prediction, 13 Arguments and main.
-To add:   a loss, see Distiller.methods in 2; a data set, see READERS in 5; nothing else changes
-Origin:   (authors) is from their released code or settings, (kept) an oddity of it, (ours) ours.
+To add:   a loss, see Distiller.methods in 2; a data set, see READERS in 5; nothing else changes.
+Origin:   (authors) is from their released code or settings, (kept) an oddity of it, (ours) our own.
 Letters:  B clips in a batch, K positions of a map, D features, C classes, T frames, N clips.
 """
 from __future__ import annotations
@@ -465,7 +465,7 @@ class VideoNet(nn.Module):
 class LogMel(nn.Module):
     """Turns sound (B, samples), 32 kHz, -1..1, into PANNs' decibels (B, 1 + samples // 320, 64).
 
-    It computes in float32; do not call its `half`. Less than 513 samples raise a RuntimeError.
+    It computes in float32; do not call its `half`. Fewer than 513 samples raise RuntimeError.
     """
     def __init__(self):
         super().__init__()
@@ -2293,7 +2293,7 @@ def build_parser() -> Parser:
         help="AudioSet's training list")
     add("--fold", type=int, default=1, choices=[1, 2, 3], help="UCF-101's split")
     add("--noise", type=part, default=0.3, help="demo: share of clips whose teacher is noisy")
-    add("--mismatch", type=part, default=0.2, help="demo: share of clips whose teacher is wrong")
+    add("--mismatch", type=part, default=0.2, help="demo: share of training clips taught wrong")
     add("--per-class", type=count, metavar="N",
         help="train on N clips a class, drawn by --seed; all evaluation clips count")
     add("--max-skipped", type=part, default=0.2, help="largest share of unreadable clips")
