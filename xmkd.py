@@ -290,8 +290,7 @@ def crd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: floa
     Each student must find its own clip's teacher in the batch, and each teacher its student; clips
     with a common label are not negatives. A softmax replaces the paper's critic and memory bank.
     """
-    related = label_overlap(labels) > 0
-    related.fill_diagonal_(False)                           # the clip's own pair is the positive
+    related = (label_overlap(labels) > 0).fill_diagonal_(False)     # its own pair is the positive
     logits = (cosine_matrix(student, teacher) / temperature).masked_fill(related, -math.inf)
     own = torch.arange(len(logits), device=logits.device)
     return F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
@@ -656,11 +655,13 @@ def decode_audio(path: str | Path, start: float = 0.0, end: float | None = None)
 
     start, end  seconds since the file's start; `end` is the file's end by default and at most
     Mono is the mean of the channels. Gaps between timestamps and a late start become silence.
-    Peaks up to 2, as lossy codecs leave them, are kept. Raises InputError above that, or if there
-    is no sound, it is damaged, cannot be decoded or (not told by WAV or Ogg) is truncated.
+    Raises InputError if there is no sound, a sample is beyond 2 (lossy codecs pass 1), the file is
+    damaged, cannot be decoded or (not told by WAV or Ogg) is truncated; ValueError for bad times.
     """
-    rate = 32000
     end = math.inf if end is None else end
+    if not 0 <= start < end:
+        raise ValueError(f"start is {start} and end {end}; pass 0 <= start < end, in seconds")
+    rate = 32000
     parts, written, heard = [], 0, False
     with open_stream(path, "audio", find_seek(path, "audio", start)) as stream:
         frames = decode_frames(stream, start, end)
@@ -1640,7 +1641,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
     """Ranks the gallery (G, D) by cosine to each query (Q, D); clips of the query's label are hits.
 
     Labels are class indices (Q,), (G,). A query that is also in the gallery finds itself. Among
-    equals, misses come first. Raises ValueError if labels do not fit or a number is NaN.
+    equals, misses come first. Raises ValueError without queries, for NaN or if labels do not fit.
     topk          length to which mAP_released cuts each ranking (authors: 100 or 500)
     R@k           share of queries with a hit among the k nearest clips
     mAP           mean of the average precision over the whole ranking; 0 for a query without hits
@@ -1648,7 +1649,7 @@ def retrieval_metrics(queries: Tensor, gallery: Tensor, query_labels: Tensor,
     """
     queries, gallery = torch.as_tensor(queries), torch.as_tensor(gallery)
     wanted, known = torch.as_tensor(query_labels), torch.as_tensor(gallery_labels)
-    if (wanted.shape, known.shape) != (queries.shape[:1], gallery.shape[:1]):
+    if not len(queries) or (wanted.shape, known.shape) != (queries.shape[:1], gallery.shape[:1]):
         raise ValueError(f"{len(queries)} queries have labels {tuple(wanted.shape)}, {len(gallery)}"
                          f" gallery clips {tuple(known.shape)}; pass one class index each")
     first, precisions, released = [], [], []
@@ -2055,8 +2056,7 @@ class KineticsTeacher(nn.Module):
         self.theirs = weights.transforms()
 
     def forward(self, frames: Tensor) -> Features:
-        frames = frames * self.ours.std + self.ours.mean            # 0..1 again
-        frames = frames.transpose(1, 2)             # (B, T, 3, H, W), as torchvision normalises
+        frames = (frames * self.ours.std + self.ours.mean).transpose(1, 2)  # 0..1, (B, T, 3, H, W)
         frames = v2.functional.normalize(frames, self.theirs.mean, self.theirs.std)
         pooled = self.net(frames.transpose(1, 2))                   # (B, 512)
         return Features(pooled[:, None], pooled, pooled)            # nothing needs map and logits
@@ -2127,8 +2127,8 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
         except (OSError, EOFError, ValueError, TypeError) as error:
             raise InputError(f"{found[0]}: it holds no embedding: {error}") from error
         rows[clip.id] = row
-    if len({len(row) for row in rows.values()}) > 1:
-        lengths = sorted({len(row) for row in rows.values()})
+    lengths = sorted({len(row) for row in rows.values()})
+    if len(lengths) > 1:
         raise InputError(f"{folder}: embeddings have the lengths {lengths}; give one network's")
     return rows
 
