@@ -3,12 +3,9 @@
 
 Paper: Xia, Li, Deng, Xiong, Dou, Hu, 2023, https://arxiv.org/abs/2304.07775
 
-    python xmkd.py                                            # built-in demo, no data needed
+    python xmkd.py                                            # built-in demo, 5 to 7 minutes
     python xmkd.py --task audio_tagging --data ./audioset     # the real thing
     torchrun --nproc_per_node 8 xmkd.py --task action_recognition --data ./ucf101
-
-Measured: the demo takes 5 to 7 minutes on 2 CPU cores (torch 2.14). Over seeds 3 to 7 distillation
-adds 0.093 +- 0.029 to R@1 and 0.129 +- 0.025 to mAP, compared with the labels alone; see README.
 
 A frozen teacher of one modality (say sound) trains a student of the other (say video). Sound may
 be noisy, and clips differ in how well sound and picture agree. So the Modality Noise Filter (MNF)
@@ -103,7 +100,7 @@ def label_overlap(labels: Tensor) -> Tensor:
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns the clips' mean cross-entropy in nats: logits (B, C), labels (B,) or tags (B, C).
 
-    The losses of a clip's tags are summed (ours), since CSC would drown their mean.
+    The losses of a clip's tags are summed (ours); their mean would be too small beside CSC.
     """
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels)
@@ -119,7 +116,7 @@ def csc_loss(student: Tensor, evidence: Tensor, similarity: Tensor, labels: Tens
     similarity  (B, B)  cosine_matrix(student, purified teacher).detach(); zeros for one temperature
     labels      (B,) class indices or (B, C) multi-hot tags, see `label_overlap`
     offset      temperature = max(similarity, 0) + offset, so pairs that agree are softened (kept)
-    Returns the batch mean in nats: log(B) if all embeddings are equal and so are all similarities.
+    Returns the batch mean in nats: log(B) at chance, where embeddings and similarities are alike.
     Raises ValueError if shapes differ, `similarity` has a gradient or `offset` is not positive.
     """
     if similarity.requires_grad:
@@ -153,7 +150,7 @@ class Filtered(NamedTuple):
     logits: Tensor      # (B, C) classes seen in the evidence
     gate: Tensor        # (B, D) how much of each teacher feature passes, 0..1
     attention: Tensor   # (B, K) where the purified teacher looks; rows sum to 1
-    raw: Tensor         # (B, D) t behind the adapter; detached, lest the triplet train that
+    raw: Tensor         # (B, D) t behind the adapter; detached: to the triplet a constant
 
 class ModalityNoiseFilter(nn.Module):
     """Gates the teacher by what the student sees, then queries the student's map with it (MNF).
@@ -192,7 +189,7 @@ class ModalityNoiseFilter(nn.Module):
         return Filtered(purified, evidence, logits, gate, attention[:, 0], teacher.detach())
 
 def gather(part: Tensor | None) -> Tensor | None:
-    """Joins the parts of a batch that torchrun's processes hold; only one's own has gradients."""
+    """Joins the parts of a batch that torchrun's processes hold; gradients reach one's own only."""
     if part is None or not dist.is_initialized():
         return part
     part = part.contiguous()
@@ -204,8 +201,8 @@ def gather(part: Tensor | None) -> Tensor | None:
 def sum_gradients(student: nn.Module, noise_filter: nn.Module | None) -> None:
     """Gives every process of torchrun the gradients of the whole batch.
 
-    A process has the student's gradients of its own clips, so they are added. It has the filter's
-    of all clips already, up to rounding; the mean keeps the filters equal to the last digit.
+    Each has the student's gradient of its own clips alone, so these are summed. Each has the
+    filter's of the whole batch already; their mean removes differences by rounding.
     """
     for module in student, noise_filter or nn.Identity():
         for parameter in module.parameters():
@@ -220,7 +217,8 @@ def train_step(student: nn.Module, noise_filter: nn.Module | None, optimizer: to
                amp: bool = False) -> dict[str, Tensor]:
     """Updates student and filter, both in `optimizer`; returns the detached loss terms by name.
 
-    noise_filter  ModalityNoiseFilter; a Distiller, whose loss replaces 2 to 4 and CSC; or None
+    noise_filter  ModalityNoiseFilter; a Distiller, whose one loss replaces steps 2 to 4 and CSC in
+                  step 5; or None, which leaves the labels alone
     inputs        (B, ...) for the student, which returns Features; float32 or float64
     teacher       (B, teacher_dim) embeddings t, not normalised, see 11; unused without filter
     labels        (B,) class indices or (B, C) multi-hot tags
@@ -280,7 +278,7 @@ def kd_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float
     return divergence * temperature ** 2
 
 def fitnet_loss(guided: Tensor, teacher: Tensor) -> Tensor:
-    """Compares the mapped student with the teacher, its hint, both (B, D) (arXiv 1412.6550)."""
+    """Compares the mapped student with its hint, the teacher, both (B, teacher_dim) (1412.6550)."""
     variance = teacher.var().clamp_min(1e-12)               # ours: removes the teacher's scale
     return F.mse_loss(guided, teacher) / variance
 
@@ -308,10 +306,10 @@ def ccl_loss(features: Features, teacher: Tensor, labels: Tensor, compose: nn.Mo
         pair = torch.cat([F.normalize(teacher, dim=1), F.normalize(part, dim=1)], dim=1)
         compositions.append(teacher + compose(pair))
     joint, own = compositions                               # `own` gives the student no gradient
-    p = log_probabilities(features.logits, labels)
-    q = log_probabilities(classify(joint), labels)
+    seen = log_probabilities(features.logits, labels)
+    composed = log_probabilities(classify(joint), labels)
     loss = classification_loss(classify(own), labels)
-    for a, b in (p, q), (q, p):
+    for a, b in (seen, composed), (composed, seen):
         loss = loss + 0.5 * F.kl_div(a, b, reduction="batchmean", log_target=True)
     constant = student.new_zeros(len(student), len(student))
     for a, b in (own, teacher), (student, teacher), (student, joint):
@@ -429,11 +427,10 @@ class VideoBlock(nn.Module):
         return F.relu(shortcut + self.bn2(self.conv2(x)))
 
 def video_stage(c_in: int, c_out: int, count: int, downsample: bool) -> nn.Sequential:
-    """Returns `count` blocks; the first one changes the width and perhaps the resolution."""
-    others = nn.Sequential(*[VideoBlock(c_out, c_out) for _ in range(count - 1)])
+    """Returns `count` blocks, the first of them from `c_in` to `c_out` channels, see VideoBlock."""
     stage = nn.Sequential()
     stage.block1 = VideoBlock(c_in, c_out, downsample)
-    stage.blocks = others
+    stage.blocks = nn.Sequential(*[VideoBlock(c_out, c_out) for _ in range(count - 1)])
     return stage
 
 class VideoNet(nn.Module):
@@ -493,9 +490,10 @@ class AudioBlock(nn.Module):
         return F.avg_pool2d(x, self.pool)
 
 class AudioNet(nn.Module):
-    """Maps decibels (B, T, 64) of `LogMel` to Features: PANNs' CNNs, no dropout or SpecAugment.
+    """Maps decibels (B, T, 64) of `LogMel` to Features: PANNs' CNNs without dropout.
 
-    stages=4 is Cnn10 (T at least 16, 10 s give K = 62 * 4), stages=6 is Cnn14_emb512 (32, 31 * 2).
+    stages=4 is Cnn10: T must be at least 16, and 10 s give K = 62 * 4. stages=6 is Cnn14_emb512:
+    T at least 32, K = 31 * 2. SpecAugment is in `Prepare`.
     The map, D = width * 2 ** (stages - 1), averaged over mel, becomes one vector by max + mean over
     time. dim=None takes it as the embedding (our students); else PANNs' fc1 maps it to `dim`.
     """
@@ -547,8 +545,8 @@ class Prepare(nn.Module):
         logmel = self.logmel(views.float() / 32767)
         if not self.training:
             return logmel
-        mean = logmel.mean()                                # fills two stripes along each axis
-        logmel = logmel - mean
+        mean = logmel.mean()
+        logmel = logmel - mean                              # 0, the mean, fills two stripes an axis
         wide = max(2, logmel.shape[1] * 64 // 1001)         # PANNs: 64 of 1001 frames, 8 of 64 bins
         for axis, width in (1, wide), (2, 8), (1, wide), (2, 8):
             logmel = torchaudio.functional.mask_along_axis_iid(logmel, width, 0.0, axis)
@@ -2106,7 +2104,8 @@ def train_teacher(data: Data, out: Path, seed: int, epochs: int, machine: Machin
 def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
     """Reads `<clip id>.npy`, (D,) numbers each, anywhere below a folder: {clip id: embedding (D,)}.
 
-    Clips without a file are left out. Raises InputError if a file holds anything else.
+    Clips with none, or with several that may be meant, are left out. Raises InputError if a file
+    holds anything else.
     """
     exact, folded, rows = defaultdict(list), defaultdict(list), {}
     for path in Path(folder).rglob("*.npy"):
@@ -2118,7 +2117,7 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
         found = exact[clip.id] or folded[clip.id.lower()]
         if Path(folder, f"{clip.id}.npy") in found:
             found = [Path(folder, f"{clip.id}.npy")]
-        if len(found) != 1:                         # none, or it is unclear which one is meant
+        if len(found) != 1:
             continue
         try:
             row = torch.from_numpy(np.load(found[0], allow_pickle=False)).float()
@@ -2133,7 +2132,7 @@ def read_features(folder: str | Path, clips: list[Clip]) -> dict[str, Tensor]:
     return rows
 
 def given_teacher(args, clips: list[Clip]) -> tuple[dict | None, dict]:
-    """Returns the embeddings of a folder, another run's teacher.pt or, on --resume, this run's.
+    """Returns the embeddings of a folder, the release, a teacher.pt or, on --resume, this run's.
 
     They are {clip id: embedding}, or None if a network has to embed the clips; what makes them
     ("kind") and its "metrics" come along. Raises InputError if the settings were others.
@@ -2170,7 +2169,7 @@ def given_teacher(args, clips: list[Clip]) -> tuple[dict | None, dict]:
 def leave_out(clips: list[Clip], rows: dict, skipped: list) -> list[Clip]:
     """Returns the clips without those to train on that `rows` lacks, which go into `skipped`."""
     lacking = [clip for clip in clips if clip.split == "train" and clip.id not in rows]
-    skipped += [(clip.id, "missing: the teacher has no embedding of it") for clip in lacking]
+    skipped += [(clip.id, "missing: the teacher has no embedding or several") for clip in lacking]
     kept = [clip for clip in clips if clip.split == "eval" or clip.id in rows]
     if all(clip.split == "eval" for clip in kept):
         raise InputError(f"--teacher has no embedding of any of the {len(lacking):,} training clips"
@@ -2249,7 +2248,7 @@ def predict_files(saved: dict, paths: list[str], folder: str | None, views: View
 # -------------------- 13. Arguments and main --------------------
 # Defaults that depend on the data set, or on data set and task.
 RECIPES = {
-    # Ours: about as many steps as UCF51's, and windows of three quarters of a clip.
+    # Ours: about a fifth more steps than UCF51's, and windows of three quarters of a clip.
     "audioset": {"task": "audio_tagging", "epochs": 60, "seconds": 7.5},
     "activitynet": {"batch_size": 64, "csc_offset": 0.2},   # authors
     "demo": {"task": "video_retrieval", "method": "student,xmkd", "teacher": "scratch",
@@ -2357,7 +2356,7 @@ def build_parser() -> Parser:
 
 def parse_options(argv: list[str] | None) -> tuple[argparse.Namespace, dict]:
     """Returns the options and the content of --checkpoint."""
-    parser = build_parser()                 # command line before checkpoint before recipe
+    parser = build_parser()         # the command line beats the checkpoint, that beats the recipe
     args = parser.parse_args(argv)
     saved = load_checkpoint(args.checkpoint) if args.checkpoint else {"settings": {}}
     kept = {name: value for name, value in saved["settings"].items()
@@ -2437,7 +2436,8 @@ def choose_folder(args) -> str:
     # A comparison has results.json, but no last.pt of its own.
     mixed = (folder / "results.json").exists() and several == (folder / "last.pt").exists()
     if folder in runs and (mixed or not resumes):
-        raise InputError(f"{folder} holds a run; continue it with --resume, or give another --out")
+        raise InputError(f"{folder} holds a run; --resume continues it, as the single run or the "
+                         "comparison that it is; else give another --out")
     join_shares([])                                 # all processes have looked, or refused it
     # Of two runs that start at once, one gets a new folder.
     folder.mkdir(parents=True, exist_ok=bool(args.out or resumes or process()[1] > 1))
@@ -2741,7 +2741,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, saved = parse_options(argv)
         args.device = set_up_device(args.device)
-        if args.amp == "auto":      # on a CPU, torch's gradients of 3-d convolutions are wrong
+        if args.amp == "auto":      # on CPUs, bfloat16 gradients of 3-d convolutions are wrong
             args.amp = args.device.startswith("cuda")
         args.machine = Machine(args.device, args.amp, args.workers)
         check_options(args, saved)
