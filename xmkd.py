@@ -2726,7 +2726,7 @@ def explain(error: Exception) -> str:
     full = r"MemoryError|allocate memory|Unable to allocate|out of memory"
     in_a_file = isinstance(error, InputError) or getattr(error, "filename", None)
     if re.search(shared, reason) and not in_a_file:
-        reason += "; /dev/shm is too small: enlarge it, or give --workers 0, which needs none"
+        reason += "; memory or /dev/shm may be full: give more, or --workers 0, which needs less"
     elif re.search(full, reason):
         reason += "; the memory is full: lower --workers, --batch-size or --frames"
     elif isinstance(error, RuntimeError):
